@@ -1,0 +1,1 @@
+"""The embedded fleet, the sample application and its traffic."""

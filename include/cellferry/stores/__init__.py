@@ -1,0 +1,1 @@
+"""Stores: one kind of data of a cell behind one interface (see `base`)."""

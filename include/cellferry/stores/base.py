@@ -1,0 +1,190 @@
+"""The Store interface: the same few verbs for every kind of data.
+
+A `Store` knows a kind of server. `Store.open` gives a `StoreMove`: that store's part of one
+attempt at one migration, which holds its connections. Every verb of it may be repeated. Source
+and destination are just two cells: rolling back is the same verbs the other way round.
+
+Order of the verbs in an online move (`cellferry.migration` calls them)::
+
+    fence                                          at the start of every step
+    inventory                                      plan
+    open_capture, copy                             copy
+    sync, sync, …                                  sync
+    verify                                         verify
+    catch_up, freeze, finish, [flip], hand_over, release       cutover
+    reverse_sync                                   soak
+    cleanup, close_capture                         cleanup (and abort)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+from cellferry.model import (
+    Blocker,
+    Cell,
+    Cleaned,
+    Copied,
+    Finished,
+    Inventory,
+    Move,
+    Progress,
+    Resources,
+    Round,
+    Side,
+    Verification,
+)
+
+
+class Store(ABC):
+    """A kind of data that a cell can hold."""
+
+    kind: ClassVar[str]
+    """Name in `cells.yaml` and in evidence: `postgres`, `redis`."""
+
+    @abstractmethod
+    def prepare_cell(self, cell: Cell, progress: Progress) -> Mapping[str, Any]:
+        """Install what a cell needs (gates, roles, ACLs) with the admin connection.
+
+        Idempotent; never stalls production (hazard 10). Returns what was done, for people.
+
+        Raises:
+            NotPrepared: a prerequisite is missing, with its remedy.
+            Unreachable: a server did not answer.
+            AccessDenied: the admin connection may not do it.
+        """
+
+    @abstractmethod
+    def unprepare_cell(self, cell: Cell, progress: Progress) -> Mapping[str, Any]:
+        """Take everything that `prepare_cell` installed out again, without trace.
+
+        Raises:
+            Blocked: an organization is still gated or captured in this cell.
+        """
+
+    @abstractmethod
+    def check_cell(self, cell: Cell) -> tuple[Blocker, ...]:
+        """Say what keeps this cell from being part of a move; read-only, for `plan`."""
+
+    @abstractmethod
+    def open(
+        self, move: Move, resources: Resources, progress: Progress
+    ) -> AbstractContextManager[StoreMove]:
+        """Connect to both cells for one attempt at one migration; connections close on exit."""
+
+
+class StoreMove(ABC):
+    """One store's part of one attempt at a migration. All verbs may be repeated.
+
+    Every write at the destination, and every change of a gate, first checks that `move.attempt`
+    is still the newest that the cell has seen, and raises `LeaseLost` otherwise (hazard 1).
+    Writes never touch another organization's data (invariant 8).
+    """
+
+    move: Move
+
+    @abstractmethod
+    def inventory(self) -> Inventory:
+        """Count and size what would move, and list blockers, on both sides. Read-only.
+
+        Does not need `fence`: plan runs before a migration exists.
+        """
+
+    @abstractmethod
+    def fence(self) -> None:
+        """Make this attempt the only one that may write; older attempts fail from now on.
+
+        Waits for, or ends, a destination transaction that an older attempt has in flight.
+        """
+
+    @abstractmethod
+    def open_capture(self) -> None:
+        """Start change capture at the source, complete from now on; gate the destination.
+
+        The destination's gate becomes `importing` (a rogue write there is refused). Returns after
+        every transaction older than the arming has ended. Raises `DrainTimeout` naming blockers.
+        """
+
+    @abstractmethod
+    def copy(self) -> Copied:
+        """Copy everything, throttled, resuming from the last checkpoint."""
+
+    @abstractmethod
+    def sync(self) -> Round:
+        """Bring the destination up to date with the dirty keys seen now; one bounded round.
+
+        What a round applies it also verifies, against the same snapshot.
+        """
+
+    @abstractmethod
+    def verify(self) -> Verification:
+        """Compare everything on both sides, while writers write.
+
+        Independent of the copier's enumeration. A key that is dirty at the moment of comparison
+        is not a mismatch (a later round verifies it); everything else must be equal.
+        """
+
+    @abstractmethod
+    def catch_up(self) -> Round:
+        """Get ready for a short freeze: everything that need not happen under the gate.
+
+        Connects, warms up, re-establishes a capture that lives in a connection (redis: a complete
+        compare-and-repair pass), runs one round. Its result predicts the pause.
+        """
+
+    @abstractmethod
+    def freeze(self, deadline_s: float) -> None:
+        """Gate writers at the source and drain those in flight; durable when it returns.
+
+        Writers that arrive wait (where the store can) or are refused with "try again". Only this
+        organization notices.
+
+        Raises:
+            DrainTimeout: writers did not drain within `deadline_s`; the gate is as before.
+        """
+
+    @abstractmethod
+    def finish(self) -> Finished:
+        """Apply and verify the last delta under the gate; arm reverse capture at the destination.
+
+        With `Strategy.FREEZE_FIRST` copies and verifies everything. Committed at the destination
+        when it returns. Raises `VerificationFailed`.
+        """
+
+    @abstractmethod
+    def hand_over(self) -> None:
+        """After the flip: source `moved` (epoch + 1, new cell), destination open. Repeatable.
+
+        A capture of the source is closed; the gate stays until clean-up (invariant 5).
+        """
+
+    @abstractmethod
+    def release(self) -> None:
+        """Let waiting writers go on; they learn the new cell (or that the source serves on)."""
+
+    @abstractmethod
+    def thaw(self) -> None:
+        """Before the flip: open the source again. A compare-and-set on this migration's gate."""
+
+    @abstractmethod
+    def reverse_sync(self) -> Round:
+        """After the flip: one round from the destination back to the gated source.
+
+        Keeps reverse logs short and a switchback quick.
+        """
+
+    @abstractmethod
+    def cleanup(self, side: Side) -> Cleaned:
+        """Delete this organization's copy on `side` in paced batches, then what was made there.
+
+        At the source it requires the gate to be `moved` by this migration at this epoch; at the
+        destination (abort) `importing` by this migration. Each batch checks it (hazard 4).
+        Removes gate rows, logs, checkpoints and credentials of this migration on that side.
+        """
+
+    @abstractmethod
+    def close_capture(self) -> None:
+        """End change capture on both sides and remove its traces. Repeatable."""

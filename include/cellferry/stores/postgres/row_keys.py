@@ -1,0 +1,55 @@
+"""Primary keys as arrays of text: the one form in which keys are logged, sent and compared.
+
+Each key column's text is independent of session settings (DateStyle, TimeZone, …), so that an
+application's odd settings cannot change what the gate's trigger logs.
+"""
+
+from __future__ import annotations
+
+from psycopg import sql
+
+from cellferry.stores.postgres.schema import Column, Table
+
+#: Types whose plain cast to text depends on no setting.
+_STABLE = (
+    "smallint", "integer", "bigint", "numeric", "uuid", "text", "character varying", "character",
+    "boolean", "oid", "name", "inet", "cidr", "macaddr", "\"char\"",
+)  # fmt: skip
+
+
+def key_array(table: Table, row: str) -> sql.Composed:
+    """Return a `text[]` expression: the primary key of the row called `row`."""
+    return sql.SQL("ARRAY[{}]").format(
+        sql.SQL(", ").join(key_text(table.column(name), row) for name in table.primary_key)
+    )
+
+
+def key_text(column: Column, row: str) -> sql.Composed:
+    """Return a text expression for one key column of `row`, stable under any settings."""
+    record = sql.SQL(row) if row in {"NEW", "OLD"} else sql.Identifier(row)
+    value = sql.SQL("{}.{}").format(record, sql.Identifier(column.name))
+    if column.type.split("(")[0] in _STABLE:
+        return sql.SQL("{}::text").format(value)
+    if column.type == "bytea":
+        return sql.SQL("('\\x' || encode({}, 'hex'))").format(value)
+    # to_jsonb writes dates and times in ISO 8601 whatever DateStyle says
+    return sql.SQL("(to_jsonb({}) #>> '{{}}')").format(value)
+
+
+def key_equals(table: Table, row: str, keys: str) -> sql.Composed:
+    """Return a condition: the primary key of `row` equals the `text[]` column `keys` of SQL.
+
+    Args:
+        row: alias of the table.
+        keys: a qualified reference to the array, such as `k.key`; a constant of the caller's.
+    """
+    return sql.SQL(" AND ").join(
+        sql.SQL("{}.{} = ({}[{}])::{}").format(
+            sql.Identifier(row),
+            sql.Identifier(name),
+            sql.SQL(keys),
+            sql.Literal(position),
+            sql.SQL(table.column(name).type),
+        )
+        for position, name in enumerate(table.primary_key, start=1)
+    )

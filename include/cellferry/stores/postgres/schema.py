@@ -1,0 +1,216 @@
+"""Tables, keys and ownership as frozen types: what the data map says about a schema.
+
+Discovery (`data_map`) fills these in; the gate, the copier and the verifier only read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+
+from psycopg import sql
+
+
+class Placement(StrEnum):
+    """What a move does with a table's rows."""
+
+    OWNED = "owned"
+    REFERENCED = "referenced"
+    GLOBAL = "global"
+    CELL_LOCAL = "cell-local"
+
+
+@dataclass(frozen=True)
+class Name:
+    """A schema-qualified name, as the catalog has it (unquoted, case kept)."""
+
+    schema: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.schema}.{self.name}"
+
+    @property
+    def identifier(self) -> sql.Identifier:
+        """The quoted name for SQL."""
+        return sql.Identifier(self.schema, self.name)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column. `type` is what `format_type` prints, schema-qualified where needed."""
+
+    name: str
+    type: str
+    not_null: bool = False
+    generated: bool = False
+    """A generated column (stored or virtual): never copied, compared on both sides."""
+    identity: str = ""
+    """'' | 'a' (always) | 'd' (by default)."""
+    collation: str | None = None
+    """Set for collatable types, when it is not `C` or `POSIX`."""
+
+
+@dataclass(frozen=True)
+class Hop:
+    """One step of a foreign-key path, from the child to its parent; no constraint is needed."""
+
+    columns: tuple[str, ...]
+    parent: Name
+    parent_columns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class OwnerPath:
+    """One way from a row to its organization.
+
+    Attributes:
+        hops: empty when the row itself carries the organization's key.
+        column: the organization's key column in the last hop's parent, or in the row itself.
+        when: SQL condition over the row (alias `{row}`) under which this path applies: for
+            polymorphic references, `{row}.noteable_type = 'Issue'`. None means always.
+    """
+
+    hops: tuple[Hop, ...]
+    column: str
+    when: str | None = None
+
+
+@dataclass(frozen=True)
+class Unique:
+    """A unique index or exclusion constraint; `columns` empty when it is over expressions."""
+
+    name: str
+    columns: tuple[str, ...]
+    deferrable: bool = False
+    predicate: str | None = None
+    definition: str = ""
+    primary: bool = False
+    exclusion: bool = False
+
+
+@dataclass(frozen=True)
+class ForeignKey:
+    """A foreign key, declared in the catalog or in the data map's file."""
+
+    name: str
+    child: Name
+    columns: tuple[str, ...]
+    parent: Name
+    parent_columns: tuple[str, ...]
+    deferrable: bool = False
+    on_delete: str = "a"
+    """As `pg_constraint.confdeltype`: a no action, r restrict, c cascade, n null, d default."""
+    declared: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the application (the root, if it is partitioned)."""
+
+    name: Name
+    placement: Placement
+    columns: tuple[Column, ...]
+    primary_key: tuple[str, ...]
+    """Key columns in index order. For a table without one, a NOT NULL unique key, or empty."""
+    owners: tuple[OwnerPath, ...] = ()
+    """For owned tables; the first that gives an organization wins."""
+    uniques: tuple[Unique, ...] = ()
+    partitions: tuple[Name, ...] = ()
+    """Leaf partitions, if it is partitioned."""
+    estimated_rows: int = 0
+
+    def column(self, name: str) -> Column:
+        """Return the column called `name`; KeyError when there is none."""
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> Mapping[str, Column]:
+        return {column.name: column for column in self.columns}
+
+    @property
+    def copied_columns(self) -> tuple[Column, ...]:
+        """The columns that travel: all but generated ones."""
+        return tuple(column for column in self.columns if not column.generated)
+
+    @property
+    def has_direct_owner(self) -> bool:
+        """Whether the row itself carries its organization's key, always."""
+        return len(self.owners) == 1 and not self.owners[0].hops and self.owners[0].when is None
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A sequence that fills a column of a moved table."""
+
+    name: Name
+    table: Name
+    column: str
+    minimum: int
+    maximum: int
+    increment: int
+    last_value: int | None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a table cannot be moved, and what would make it movable."""
+
+    table: str
+    reason: str
+    remedy: str
+    fatal: bool = True
+
+
+@dataclass(frozen=True)
+class DataMap:
+    """The placement of every table of a schema.
+
+    Attributes:
+        tables: all tables, owned ones with parents before children (cycles broken anywhere).
+        organization_type: SQL type of the organization's key (`bigint`, `uuid`, `text`, …).
+        refusals: what discovery cannot handle; non-fatal ones are notes for the reviewer.
+        fingerprint: changes when any definition changes that a move depends on.
+    """
+
+    tables: tuple[Table, ...]
+    foreign_keys: tuple[ForeignKey, ...]
+    sequences: tuple[Sequence, ...]
+    organization_table: Name
+    organization_column: str
+    organization_type: str
+    materialized_views: tuple[Name, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    fingerprint: str = ""
+    notes: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def by_name(self) -> Mapping[Name, Table]:
+        """Tables by name."""
+        return {table.name: table for table in self.tables}
+
+    def placed(self, placement: Placement) -> tuple[Table, ...]:
+        """Tables with `placement`, in map order."""
+        return tuple(table for table in self.tables if table.placement is placement)
+
+    @property
+    def owned(self) -> tuple[Table, ...]:
+        """Owned tables, parents before children."""
+        return self.placed(Placement.OWNED)
+
+    @property
+    def referenced(self) -> tuple[Table, ...]:
+        """Tables whose rows are copied if absent and never deleted."""
+        return self.placed(Placement.REFERENCED)
+
+    def references(self, table: Table) -> tuple[ForeignKey, ...]:
+        """Foreign keys from `table` to referenced tables."""
+        return tuple(
+            key
+            for key in self.foreign_keys
+            if key.child == table.name
+            and key.parent in self.by_name
+            and self.by_name[key.parent].placement is Placement.REFERENCED
+        )

@@ -1,0 +1,1 @@
+"""The control plane's database: cells, routes, migrations, audit, resources."""
