@@ -1,0 +1,54 @@
+"""A token bucket: keeps the mover's own work below a rate that the operator sets."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+
+class Throttle:
+    """Lets at most `per_second` units through each second; None lets everything through.
+
+    The bucket may go into debt: a batch that is larger than a second's allowance passes, and the
+    next one waits until the debt is paid. So a batch is never split and the long-run rate is exact.
+    Safe to share by threads.
+
+    Args:
+        per_second: units (rows, keys) a second, or None.
+        burst_s: how many seconds of unused allowance may be saved up.
+    """
+
+    #: Longest single sleep in seconds, so that a stop is noticed while a debt is paid.
+    SLICE_S = 0.25
+
+    def __init__(self, per_second: float | None, *, burst_s: float = 0.1) -> None:
+        if per_second is not None and per_second <= 0:
+            raise ValueError(f"a rate must be positive, not {per_second}")
+        self.per_second = per_second
+        self._burst_s = burst_s
+        self._lock = threading.Lock()
+        #: When the bucket's debt is paid, on the monotonic clock.
+        self._free_at = time.monotonic()
+
+    def take(self, n: float, while_waiting: Callable[[], None] | None = None) -> float:
+        """Take `n` units, sleeping first while the bucket is in debt; return the seconds slept.
+
+        Args:
+            n: units of work that are about to be done, or have just been done.
+            while_waiting: called between slices of a long sleep; what it raises ends the wait.
+        """
+        if self.per_second is None:
+            return 0.0
+        with self._lock:
+            now = time.monotonic()
+            start = max(self._free_at, now - self._burst_s)
+            self._free_at = start + n / self.per_second
+        slept = 0.0
+        while (left := start - time.monotonic()) > 0:
+            pause = min(left, self.SLICE_S)
+            time.sleep(pause)
+            slept += pause
+            if while_waiting is not None:
+                while_waiting()
+        return slept

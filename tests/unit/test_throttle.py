@@ -1,0 +1,44 @@
+"""The token bucket of the mover."""
+
+import time
+
+import pytest
+
+from cellferry.stores.throttle import Throttle
+
+
+def test_without_a_rate_nothing_waits() -> None:
+    assert Throttle(None).take(10**9) == 0.0
+
+
+def test_the_long_run_rate_is_kept() -> None:
+    throttle = Throttle(1000.0, burst_s=0.0)
+    started = time.monotonic()
+    for _ in range(5):
+        throttle.take(100)
+    throttle.take(0)
+    assert time.monotonic() - started >= 0.5
+
+
+def test_a_batch_above_the_rate_passes_and_the_next_one_pays() -> None:
+    throttle = Throttle(1000.0, burst_s=0.0)
+    assert throttle.take(300) == 0.0
+    assert throttle.take(1) >= 0.25
+
+
+def test_a_stop_is_noticed_while_a_debt_is_paid() -> None:
+    throttle = Throttle(1.0, burst_s=0.0)
+    throttle.take(60)
+
+    def stop() -> None:
+        raise InterruptedError
+
+    started = time.monotonic()
+    with pytest.raises(InterruptedError):
+        throttle.take(1, while_waiting=stop)
+    assert time.monotonic() - started < 5
+
+
+def test_a_rate_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="positive"):
+        Throttle(0)
