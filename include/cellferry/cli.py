@@ -1,0 +1,367 @@
+"""`cellferry …`: every step and query, without Airflow.
+
+Exit status: 0 done, 1 permanent error, 2 wrong input, 75 try again later.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cellferry import __version__
+from cellferry.errors import CellferryError, InvalidInput, WrongState
+
+if TYPE_CHECKING:
+    from cellferry.migration import Context, ProgressEvent
+    from cellferry.model import Actor, Migration
+
+Command = Callable[..., Any]
+
+
+class _Cli(click.Group):
+    """Turns our errors into one plain message and an exit status."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CellferryError as error:
+            if ctx.params.get("as_json") or "--json" in sys.argv:
+                click.echo(
+                    json.dumps(
+                        {
+                            "error": type(error).__name__,
+                            "message": error.message,
+                            "organization": error.organization,
+                            "step": error.step,
+                            "where": error.where,
+                            "remedy": error.hint,
+                        }
+                    )
+                )
+            else:
+                click.secho(f"error: {error.message}", fg="red", err=True)
+                for name, value in (("organization", error.organization), ("where", error.where)):
+                    if value:
+                        click.echo(f"  {name}: {value}", err=True)
+                if error.hint:
+                    click.secho(f"  remedy: {error.hint}", fg="yellow", err=True)
+            ctx.exit(error.exit_code)
+
+
+@click.group(cls=_Cli)
+@click.version_option(__version__)
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    help="cells.yaml; default: CELLFERRY_CONFIG, else include/config/cells.yaml",
+)
+@click.pass_context
+def main(ctx: click.Context, config: Path | None) -> None:
+    """Move organizations between the cells of a SaaS product while they keep working."""
+    ctx.obj = config
+
+
+def _json_option(command: Command) -> Command:
+    return click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")(command)
+
+
+def _actor() -> Actor:
+    from cellferry.model import Actor
+
+    return Actor(name=getpass.getuser(), role="operator")
+
+
+@contextmanager
+def _context(config: Path | None, *, quiet: bool) -> Iterator[Context]:
+    from cellferry import settings
+    from cellferry.migration import Context
+
+    loaded = settings.load(config or settings.default_path())
+    with Context.from_settings(
+        loaded,
+        settings.from_environment(),
+        actor=_actor(),
+        listener=None if quiet else _ProgressLine(),
+    ) as context:
+        yield context
+
+
+class _ProgressLine:
+    """One line on standard error that says how far the work is, with rate and time left."""
+
+    EVERY_S = 0.25
+
+    def __init__(self) -> None:
+        self._phase: tuple[str, str] | None = None
+        self._started = 0.0
+        self._first = 0
+        self._shown = 0.0
+
+    def __call__(self, event: ProgressEvent) -> None:
+        now = time.monotonic()
+        if (event.store, event.phase) != self._phase:
+            self._phase, self._started, self._first = (event.store, event.phase), now, event.done
+        finished = event.total is not None and event.done >= event.total
+        if now - self._shown < self.EVERY_S and not finished:
+            return
+        self._shown = now
+        rate = (event.done - self._first) / max(now - self._started, 1e-3)
+        text = f"{event.organization} {event.store} {event.phase}: {event.done:,}"
+        if event.total is not None:
+            text += f" of {event.total:,}"
+        text += f" {event.unit}, {rate:,.0f}/s"
+        if event.total is not None and rate > 0 and not finished:
+            text += f", {(event.total - event.done) / rate:,.0f} s left"
+        if event.note:
+            text += f" ({event.note})"
+        if sys.stderr.isatty():
+            click.echo(f"\r\x1b[2K{text}", nl=finished, err=True)
+        elif finished:
+            click.echo(text, err=True)
+
+
+def _find_migration(context: Context, organization: str) -> Migration:
+    """The organization's live migration, else its latest.
+
+    Raises:
+        InvalidInput: no such organization.
+        WrongState: it never moved.
+    """
+    found = context.topology.organization(organization)
+    live = context.topology.live_migration(found.id)
+    if live is not None:
+        return live
+    moves = context.topology.migrations(org=found.id)
+    if not moves:
+        raise WrongState(
+            f"organization {found.slug} has no migration",
+            organization=found.slug,
+            hint=f"cellferry plan {found.slug} --to CELL --record",
+        )
+    return moves[-1]
+
+
+def _step_command(name: str, text: str) -> None:
+    """Add the command for one step of an organization's migration."""
+
+    @main.command(name, help=text, short_help=text)
+    @click.argument("organization")
+    @_json_option
+    @click.pass_obj
+    def command(config: Path | None, organization: str, as_json: bool) -> None:
+        from cellferry.migration import steps
+
+        with _context(config, quiet=as_json) as context:
+            migration = _find_migration(context, organization)
+            result = getattr(steps, name)(context, migration.id)
+        click.echo(
+            json.dumps(result.as_dict())
+            if as_json
+            else f"{result.organization}: {result.summary} ({result.state})"
+        )
+
+
+for _name, _text in (
+    ("copy", "Copy everything; the organization keeps writing."),
+    ("sync", "Repeat rounds over what changed since, until one is small."),
+    ("verify", "Compare everything on both sides."),
+    ("cutover", "Move the authority: a short write pause for this organization."),
+    ("soak", "Watch the organization at its new cell."),
+    ("cleanup", "Delete the old copy, after the TTL."),
+):
+    _step_command(_name, _text)
+
+
+@main.command()
+@click.argument("organization")
+@click.option("--to", "destination", required=True, metavar="CELL", help="The destination cell.")
+@click.option("--record", is_flag=True, help="Create the migration if nothing blocks it.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="An option of the move."
+)
+@_json_option
+@click.pass_obj
+def plan(
+    config: Path | None,
+    organization: str,
+    destination: str,
+    record: bool,
+    settings: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Say what would move, how long it would take, and what blocks it. Changes nothing."""
+    from cellferry.migration import steps
+    from cellferry.migration.reporting import render_plan
+
+    options = parse_options(settings)
+    with _context(config, quiet=as_json) as context:
+        report = steps.plan(context, organization, destination, options=options, record=record)
+    if as_json:
+        click.echo(json.dumps(report.as_dict()))
+    else:
+        render_plan(report)
+    if report.fatal:
+        raise SystemExit(1)
+
+
+def parse_options(settings: tuple[str, ...]) -> Any:
+    """Return `MoveOptions` from `name=value` pairs.
+
+    Raises:
+        InvalidInput: an unknown name or a value out of bounds; all faults are named.
+    """
+    import pydantic
+
+    from cellferry.migration import MoveOptions
+
+    values: dict[str, str] = {}
+    for setting in settings:
+        name, separator, value = setting.partition("=")
+        if not separator:
+            raise InvalidInput(f"--set {setting!r} is not NAME=VALUE")
+        values[name] = value
+    try:
+        return MoveOptions.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise InvalidInput(
+            "; ".join(
+                f"option {'.'.join(str(part) for part in fault['loc'])} = {fault['input']!r}: "
+                f"{fault['msg']}"
+                for fault in error.errors()
+            ),
+            hint="options: " + ", ".join(sorted(MoveOptions.model_fields)),
+        ) from error
+
+
+@main.command()
+@click.argument("organization")
+@click.option("--reason", default="given up by the operator", help="For the audit.")
+@_json_option
+@click.pass_obj
+def abort(config: Path | None, organization: str, reason: str, as_json: bool) -> None:
+    """Give a migration up before the flip: the source serves on, the copy is deleted."""
+    from cellferry.migration import steps
+
+    with _context(config, quiet=as_json) as context:
+        migration = _find_migration(context, organization)
+        result = steps.abort(context, migration.id, reason)
+    click.echo(
+        json.dumps(result.as_dict()) if as_json else f"{result.organization}: {result.summary}"
+    )
+
+
+@main.command()
+@click.argument("organization")
+@_json_option
+@click.pass_obj
+def status(config: Path | None, organization: str, as_json: bool) -> None:
+    """Say where an organization is, what its migration does, and what comes next."""
+    from cellferry.migration import steps
+    from cellferry.migration.reporting import render_status
+
+    with _context(config, quiet=True) as context:
+        found = steps.status(context, organization)
+    if as_json:
+        click.echo(json.dumps(found.as_dict()))
+    else:
+        render_status(found)
+
+
+@main.command()
+@click.argument("organization")
+@click.option("--to", "destination", required=True, metavar="CELL", help="The destination cell.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="An option of the move."
+)
+@_json_option
+@click.pass_obj
+def move(
+    config: Path | None,
+    organization: str,
+    destination: str,
+    settings: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Plan, copy, sync, verify, cut over and soak; clean-up waits for the TTL."""
+    from cellferry.migration import steps
+
+    options = parse_options(settings)
+    results = []
+    with _context(config, quiet=as_json) as context:
+        planned = steps.plan(context, organization, destination, options=options, record=True)
+        if planned.migration is None:
+            raise WrongState("plan recorded no migration", organization=organization)
+        for step in (steps.copy, steps.sync, steps.verify, steps.cutover, steps.soak):
+            result = step(context, planned.migration)
+            results.append(result.as_dict())
+            if not as_json:
+                click.echo(f"{result.step}: {result.summary}")
+    if as_json:
+        click.echo(json.dumps(results))
+
+
+@main.command("prepare-cell")
+@click.argument("cell")
+@click.option("--remove", is_flag=True, help="Take everything out again.")
+@_json_option
+@click.pass_obj
+def prepare_cell(config: Path | None, cell: str, remove: bool, as_json: bool) -> None:
+    """Install what a cell needs: gates, key log, roles, ACLs. May be repeated."""
+    from cellferry.migration import steps
+
+    with _context(config, quiet=as_json) as context:
+        verb = steps.unprepare_cell if remove else steps.prepare_cell
+        done = verb(context, cell)
+    click.echo(json.dumps(done) if as_json else f"{cell}: {'removed' if remove else 'prepared'}")
+
+
+@main.command("map")
+@click.argument("cell")
+@click.option(
+    "--write", type=click.Path(path_type=Path), help="Write the map for review as YAML here."
+)
+@click.pass_obj
+def show_map(config: Path | None, cell: str, write: Path | None) -> None:
+    """Show how each table of a cell is placed: owned, referenced, global or cell-local."""
+    from cellferry import settings
+    from cellferry.migration.map import discover_map, render_map
+
+    loaded = settings.load(config or settings.default_path())
+    found = discover_map(loaded, settings.from_environment(), cell)
+    if write is None:
+        render_map(found)
+    else:
+        from cellferry.stores.postgres.data_map import render_for_review
+
+        write.write_text(render_for_review(found), encoding="utf-8")
+        click.echo(f"written: {write}")
+    if any(refusal.fatal for refusal in found.refusals):
+        raise SystemExit(1)
+
+
+@main.group()
+def topology() -> None:
+    """The control plane's database."""
+
+
+@topology.command("install")
+@click.pass_obj
+def install_topology(config: Path | None) -> None:
+    """Create or upgrade the topology's schema and register the configured cells."""
+    with _context(config, quiet=True) as context:
+        context.topology.install()
+        for name, cell in context.settings.cells.items():
+            context.topology.register_cell(name, cell.region, cell.legacy)
+    click.echo("topology is up to date")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""The cleanup step: the old copy goes, and everything this migration made."""
+
+from __future__ import annotations
+
+from cellferry.errors import WrongState
+from cellferry.migration.context import Attempt, Context, attempt
+from cellferry.migration.result import StepResult, plain
+from cellferry.model import Side, State
+
+ALLOWED = frozenset({State.RETAINED, State.CLEANING})
+
+
+def cleanup(context: Context, migration_id: int) -> StepResult:
+    """Delete the old cell's copy in paced batches, after the TTL, and release every resource.
+
+    Guarantees that only this organization's rows and keys in the old cell are deleted, and only
+    while the old cell's gate says that this very migration moved them away (hazard 4). May be
+    repeated.
+
+    Raises:
+        WrongState: the TTL has not passed on the topology's clock, or the organization returned.
+    """
+    migration = context.topology.migration(migration_id)
+    if migration.state is State.COMPLETED:
+        return StepResult(
+            "cleanup",
+            migration_id,
+            migration.organization.slug,
+            migration.state,
+            "cleaned before",
+            migration.facts.get("cleaned", {}),
+            repeated=True,
+        )
+    context.topology.may_clean(migration_id)
+    with attempt(context, migration_id, "cleanup", ALLOWED) as at:
+        if at.migration.state is State.RETAINED:
+            at.transition(State.CLEANING)
+        cleaned = {}
+        for kind, store in at.stores.items():
+            cleaned[kind] = plain(store.cleanup(Side.SOURCE))
+            store.close_capture()
+        require_released(at)
+        at.transition(State.COMPLETED, {"cleaned": cleaned})
+        return StepResult(
+            "cleanup",
+            migration_id,
+            at.move.organization.slug,
+            at.migration.state,
+            "deleted "
+            + " and ".join(f"{one['deleted']:,} in {kind}" for kind, one in cleaned.items()),
+            cleaned,
+        )
+
+
+def require_released(at: Attempt) -> None:
+    """Check that nothing which this migration made is left (invariant 9).
+
+    Raises:
+        WrongState: something is; it is named.
+    """
+    left = at.context.topology.live_resources(at.migration.id)
+    if left:
+        raise WrongState(
+            "left behind: "
+            + ", ".join(f"{one.kind} {one.name} in {one.cell}/{one.store}" for one in left),
+            hint="run the step again; `cellferry status` lists what is left",
+        )

@@ -1,0 +1,53 @@
+"""The copy step: capture from now on, then everything once."""
+
+from __future__ import annotations
+
+from cellferry.migration.context import Context, attempt
+from cellferry.migration.result import StepResult, plain
+from cellferry.model import State, Strategy
+
+ALLOWED = frozenset({State.PLANNED, State.COPYING})
+DONE = frozenset(State) - ALLOWED - {State.ABORTED, State.ROLLED_BACK}
+
+
+def copy(context: Context, migration_id: int) -> StepResult:
+    """Start change capture at the source and copy everything, resuming where it stopped.
+
+    Guarantees that afterwards every row and key is at the destination, or is recorded as dirty.
+    Changes the destination's copy and cellferry's own records; the organization keeps writing at
+    the source. May be repeated; a killed copy goes on from its checkpoints.
+
+    Raises:
+        WrongState: the migration was aborted.
+        DrainTimeout: a transaction older than the capture does not end; it is named.
+        LeaseLost, Paused, Halted: this attempt must stop.
+    """
+    migration = context.topology.migration(migration_id)
+    if migration.state in DONE:
+        return StepResult(
+            "copy",
+            migration_id,
+            migration.organization.slug,
+            migration.state,
+            "copied before",
+            migration.facts.get("copied", {}),
+            repeated=True,
+        )
+    with attempt(context, migration_id, "copy", ALLOWED) as at:
+        if at.migration.state is State.PLANNED:
+            at.transition(State.COPYING)
+        copied = {}
+        if at.move.strategy is Strategy.ONLINE:
+            for store in at.stores.values():
+                store.open_capture()
+            for kind, store in at.stores.items():
+                copied[kind] = plain(store.copy())
+            summary = "copied " + " and ".join(
+                f"{result['count']:,} in {kind}" for kind, result in copied.items()
+            )
+        else:
+            summary = "nothing to copy before the gate: freeze-first copies under it"
+        at.transition(State.SYNCING, {"copied": copied})
+        return StepResult(
+            "copy", migration_id, at.move.organization.slug, at.migration.state, summary, copied
+        )

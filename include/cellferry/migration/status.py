@@ -1,0 +1,60 @@
+"""What is going on with an organization, in the words an operator needs at 3 am."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cellferry.migration.context import Context
+from cellferry.migration.result import plain
+from cellferry.model import Migration, Resource, Route, State
+
+NEXT = {
+    State.PLANNED: "copy starts; aborting costs nothing",
+    State.COPYING: "the copy goes on from its checkpoints; abort deletes the partial copy",
+    State.SYNCING: "rounds, then verification; abort deletes the copy",
+    State.READY: "cutover; abort deletes the copy and the source serves on",
+    State.CUTTING_OVER: "the cutover is under way or died: run it again, or abort to thaw",
+    State.SOAKING: "the route points at the destination; run soak; abort is no longer possible",
+    State.RETAINED: "the old copy waits for the TTL, then cleanup deletes it",
+    State.CLEANING: "the old copy is being deleted; run cleanup again if it stopped",
+    State.COMPLETED: "done",
+    State.ABORTED: "given up; the organization stayed where it was",
+    State.ROLLED_BACK: "the organization is back in its old cell",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """An organization's route, its latest migration, and what comes next."""
+
+    route: Route
+    migration: Migration | None
+    next: str
+    progress: Sequence[Any]
+    resources: Sequence[Resource]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON's types."""
+        result: dict[str, Any] = plain(self)
+        return result
+
+
+def status(context: Context, organization: str) -> Status:
+    """Return what the topology knows of `organization` (id or slug).
+
+    Raises:
+        InvalidInput: no such organization.
+    """
+    topology = context.topology
+    found = topology.organization(organization)
+    moves = topology.migrations(org=found.id)
+    latest = moves[-1] if moves else None
+    return Status(
+        route=topology.route(found.id),
+        migration=latest,
+        next=NEXT[latest.state] if latest else "never moved",
+        progress=topology.progress(latest.id) if latest else (),
+        resources=topology.live_resources(latest.id) if latest else (),
+    )

@@ -1,0 +1,89 @@
+"""The sync step: rounds over what changed since, until a round is small."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cellferry.errors import NotConverging
+from cellferry.migration.context import Attempt, Context, attempt
+from cellferry.migration.result import StepResult
+from cellferry.model import Round, State, Strategy
+from cellferry.stores.base import StoreMove
+
+ALLOWED = frozenset({State.SYNCING, State.READY})
+DONE = frozenset({State.SOAKING, State.RETAINED, State.CLEANING, State.COMPLETED})
+
+#: A round that took less than this share of the pause budget predicts a pause within it.
+SHARE_OF_BUDGET = 0.25
+
+
+def sync(context: Context, migration_id: int) -> StepResult:
+    """Repeat rounds until each store's last round was short and left little behind.
+
+    Guarantees that the destination equals the source as of a moment within this call. Changes
+    the destination's copy only. May be repeated.
+
+    Raises:
+        NotConverging: after `max_rounds` the organization still changes faster than rounds do.
+    """
+    migration = context.topology.migration(migration_id)
+    if migration.state in DONE or migration.strategy is Strategy.FREEZE_FIRST:
+        return StepResult(
+            "sync",
+            migration_id,
+            migration.organization.slug,
+            migration.state,
+            "nothing to do",
+            repeated=True,
+        )
+    with attempt(context, migration_id, "sync", ALLOWED) as at:
+        rounds = {kind: run_rounds(at, kind, store) for kind, store in at.stores.items()}
+        at.record({"rounds": rounds})
+        summary = "; ".join(
+            f"{kind}: {len(done)} rounds, last {done[-1]['applied']} keys in "
+            f"{done[-1]['seconds'] * 1000:.0f} ms"
+            for kind, done in rounds.items()
+        )
+        return StepResult(
+            "sync", migration_id, at.move.organization.slug, at.migration.state, summary, rounds
+        )
+
+
+def run_rounds(at: Attempt, kind: str, store: StoreMove) -> list[dict[str, Any]]:
+    """Repeat rounds of one store until one predicts a pause within the budget.
+
+    Raises:
+        NotConverging: they do not get there within `max_rounds`.
+    """
+    done: list[Round] = []
+    budget_s = at.move.limits.pause_budget_s * SHARE_OF_BUDGET
+    for number in range(1, at.options.max_rounds + 1):
+        at.progress.check()
+        done.append(store.sync())
+        at.progress.report(
+            kind, "sync", number, None, "rounds", f"{done[-1].remaining} keys dirty after it"
+        )
+        if is_small(done[-1], budget_s):
+            return [_facts(one) for one in done]
+    last = done[-1]
+    raise NotConverging(
+        f"after {len(done)} rounds {last.remaining} keys of {kind} are still dirty and a round "
+        f"takes {last.seconds * 1000:.0f} ms",
+        hint="raise the pause budget, lift the throttle, or move at a quieter hour",
+    )
+
+
+def is_small(one: Round, budget_s: float) -> bool:
+    """Whether the rest after `one` would be applied within `budget_s` at this round's rate."""
+    if one.applied == 0:
+        return one.remaining == 0 or one.seconds <= budget_s
+    return one.seconds <= budget_s and one.remaining * one.seconds / one.applied <= budget_s
+
+
+def _facts(one: Round) -> dict[str, Any]:
+    return {
+        "applied": one.applied,
+        "remaining": one.remaining,
+        "bytes": one.bytes,
+        "seconds": round(one.seconds, 4),
+    }

@@ -1,0 +1,78 @@
+"""The verify step: everything on both sides is compared, while writers write."""
+
+from __future__ import annotations
+
+from cellferry.errors import VerificationFailed
+from cellferry.migration.context import Context, attempt
+from cellferry.migration.result import StepResult, plain
+from cellferry.model import State, Strategy, Verification
+
+ALLOWED = frozenset({State.SYNCING, State.READY})
+DONE = frozenset({State.SOAKING, State.RETAINED, State.CLEANING, State.COMPLETED})
+
+
+def verify(context: Context, migration_id: int) -> StepResult:
+    """Compare every row and key; a difference halts the migration.
+
+    Guarantees, with every later round verifying what it applies, that a route flip is preceded
+    by a complete verification (invariant 3). Changes nothing in the cells. May be repeated.
+
+    Raises:
+        VerificationFailed: the sides differ; the first differences are named.
+    """
+    migration = context.topology.migration(migration_id)
+    if migration.state in DONE:
+        return StepResult(
+            "verify",
+            migration_id,
+            migration.organization.slug,
+            migration.state,
+            "verified before",
+            repeated=True,
+        )
+    with attempt(context, migration_id, "verify", ALLOWED) as at:
+        evidence: dict[str, Verification] = {}
+        if at.move.strategy is Strategy.ONLINE:
+            for kind, store in at.stores.items():
+                evidence[kind] = store.verify()
+        facts = {"verified": plain(evidence)}
+        failed = {kind: found for kind, found in evidence.items() if not found.ok}
+        if failed:
+            at.record(facts)
+            text = describe_mismatches(failed)
+            context.topology.set_halted(migration_id, f"verification failed: {text}", context.actor)
+            raise VerificationFailed(
+                text,
+                hint="do not force it: look for writers that bypass the gate at the destination, "
+                "then abort and start again",
+            )
+        if at.migration.state is State.SYNCING:
+            at.transition(State.READY, facts)
+        else:
+            at.record(facts)
+        summary = (
+            "equal: "
+            + ", ".join(f"{found.compared:,} in {kind}" for kind, found in evidence.items())
+            if evidence
+            else "freeze-first: everything is compared under the gate"
+        )
+        return StepResult(
+            "verify",
+            migration_id,
+            at.move.organization.slug,
+            at.migration.state,
+            summary,
+            {
+                kind: {"compared": found.compared, "mismatches": 0}
+                for kind, found in evidence.items()
+            },
+        )
+
+
+def describe_mismatches(failed: dict[str, Verification]) -> str:
+    """Return the first few differences in plain words."""
+    return "; ".join(
+        f"{kind}: {found.mismatch_count} differences, first "
+        + ", ".join(f"{one.part} {one.key} {one.reason}" for one in found.mismatches[:5])
+        for kind, found in failed.items()
+    )
