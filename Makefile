@@ -21,3 +21,19 @@ $(STAMP): requirements.txt pyproject.toml
 
 lock: ## compile requirements.txt from pyproject.toml
 	$(BIN)/uv pip compile --quiet --all-extras --python-version 3.11 --no-header --no-emit-index-url -o requirements.txt pyproject.toml
+
+lock-check: venv ## fail when requirements.txt and pyproject.toml differ
+	@$(BIN)/uv pip compile --quiet --all-extras --python-version 3.11 --no-header --no-emit-index-url -o .local/requirements.txt -c requirements.txt pyproject.toml
+	@diff -u requirements.txt .local/requirements.txt || { echo "requirements.txt is not what pyproject.toml compiles to: run make lock"; exit 1; }
+
+lint: venv lock-check ## ruff, mypy, import-linter, the lock
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: venv ## every test, on real servers
+	$(BIN)/pytest
+
+demo: venv ## from nothing to the report
+	@$(BIN)/python -m cellferry.local.demo
