@@ -23,7 +23,8 @@ lock: ## compile requirements.txt from pyproject.toml
 	$(BIN)/uv pip compile --quiet --all-extras --python-version 3.11 --no-header --no-emit-index-url -o requirements.txt pyproject.toml
 
 lock-check: venv ## fail when requirements.txt and pyproject.toml differ
-	@$(BIN)/uv pip compile --quiet --all-extras --python-version 3.11 --no-header --no-emit-index-url -o .local/requirements.txt -c requirements.txt pyproject.toml
+	@mkdir -p .local && cp requirements.txt .local/requirements.txt
+	@$(BIN)/uv pip compile --quiet --all-extras --python-version 3.11 --no-header --no-emit-index-url -o .local/requirements.txt pyproject.toml
 	@diff -u requirements.txt .local/requirements.txt || { echo "requirements.txt is not what pyproject.toml compiles to: run make lock"; exit 1; }
 
 lint: venv lock-check ## ruff, mypy, import-linter, the lock
