@@ -1,0 +1,337 @@
+"""What a person may set when triggering a run: the forms' fields, and their strict reading.
+
+Airflow checks the JSON schema of each Param, but accepts Params it does not know and starts with
+the defaults of those that were meant. So the first task of a run reads them again, strictly.
+
+A `Param` is written out here rather than derived from `MoveOptions`, because DAG files must not
+import the steps; tests/dags/test_params.py checks that both agree.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+from airflow.sdk import Param
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cellferry.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from cellferry.migration import MoveOptions
+
+#: A scheduler pass over a run grows with the square of its organizations (docs/airflow.md).
+ORGANIZATIONS_PER_RUN = 25
+#: What one form may hold; it is split into runs of `ORGANIZATIONS_PER_RUN`.
+ORGANIZATIONS_PER_REQUEST = 500
+#: A run waits for TTLs up to this many seconds; longer ones get a clean-up run of their own.
+LONGEST_TTL_IN_RUN_S = 3_600
+
+_WHAT = "What moves"
+_SPEED = "How fast"
+_PAUSE = "Write pause"
+_AFTER = "Afterwards"
+
+
+def _dry_run(what: str) -> Param:
+    return Param(
+        True,
+        type="boolean",
+        title="Dry run",
+        description=what,
+        section=_WHAT,
+    )
+
+
+def migrate_organizations_params() -> dict[str, Param]:
+    """Return the form of `migrate_organizations`."""
+    return {
+        "organizations": Param(
+            [],
+            type="array",
+            items={"type": "string", "minLength": 1, "maxLength": 200},
+            minItems=1,
+            maxItems=ORGANIZATIONS_PER_REQUEST,
+            uniqueItems=True,
+            title="Organizations",
+            description=(
+                "Ids or slugs, one a line: `acme`. At most "
+                f"{ORGANIZATIONS_PER_REQUEST}; more than {ORGANIZATIONS_PER_RUN} are split into "
+                "several runs."
+            ),
+            section=_WHAT,
+        ),
+        "destination": Param(
+            type="string",
+            minLength=1,
+            maxLength=63,
+            title="Destination cell",
+            description="The cell they shall live in, as cells.yaml calls it.",
+            examples=["cell-2", "cell-3"],
+            section=_WHAT,
+        ),
+        "dry_run": _dry_run(
+            "On: only plan. Says what would move, how long it takes and what blocks it; changes "
+            "nothing. Switch it off to move."
+        ),
+        "strategy": Param(
+            "auto",
+            type="string",
+            enum=["auto", "online", "freeze-first"],
+            values_display={
+                "auto": "auto: plan chooses from size and pause budget",
+                "online": "online: copy while they write, short pause",
+                "freeze-first": "freeze-first: everything under the gate, for small ones",
+            },
+            title="Strategy",
+            description="How to move.",
+            section=_WHAT,
+        ),
+        "rows_per_s": Param(
+            None,
+            type=["null", "number"],
+            exclusiveMinimum=0,
+            maximum=10_000_000,
+            title="Rows per second",
+            description="Upper bound of copied rows per second and organization. "
+            "Empty: unbounded. Example: 20000.",
+            section=_SPEED,
+        ),
+        "keys_per_s": Param(
+            None,
+            type=["null", "number"],
+            exclusiveMinimum=0,
+            maximum=10_000_000,
+            title="Redis keys per second",
+            description="Upper bound of copied Redis keys per second and organization. "
+            "Empty: unbounded. Example: 5000.",
+            section=_SPEED,
+        ),
+        "batch_rows": Param(
+            50_000,
+            type="integer",
+            minimum=100,
+            maximum=500_000,
+            title="Rows in a batch",
+            description="Rows copied in one transaction. A killed copy repeats at most one batch "
+            "of each stream.",
+            section=_SPEED,
+        ),
+        "pause_budget_ms": Param(
+            1_000,
+            type="integer",
+            minimum=20,
+            maximum=600_000,
+            title="Pause budget (ms)",
+            description="Longest write pause that may be predicted. A cutover that would take "
+            "longer does not start.",
+            section=_PAUSE,
+        ),
+        "drain_attempt_ms": Param(
+            100,
+            type="integer",
+            minimum=10,
+            maximum=5_000,
+            title="One drain attempt (ms)",
+            description="One attempt at draining the organization's writers; its writers wait "
+            "meanwhile.",
+            section=_PAUSE,
+        ),
+        "drain_deadline_s": Param(
+            10,
+            type="number",
+            exclusiveMinimum=0,
+            maximum=600,
+            title="Drain deadline (s)",
+            description="All attempts together. Then the cutover gives up, the source serves on, "
+            "and the task tries again later.",
+            section=_PAUSE,
+        ),
+        "freeze_deadline_s": Param(
+            10,
+            type="number",
+            exclusiveMinimum=0,
+            maximum=3_600,
+            title="Freeze deadline (s)",
+            description="From the first freeze to the flip. Past it the source is opened again.",
+            section=_PAUSE,
+        ),
+        "arm_deadline_s": Param(
+            60,
+            type="number",
+            exclusiveMinimum=0,
+            maximum=3_600,
+            title="Capture deadline (s)",
+            description="Longest wait, before the copy, for transactions older than the capture.",
+            section=_PAUSE,
+        ),
+        "max_rounds": Param(
+            50,
+            type="integer",
+            minimum=1,
+            maximum=10_000,
+            title="Rounds",
+            description="Rounds over what changed before sync gives up.",
+            section=_PAUSE,
+        ),
+        "soak_s": Param(
+            2,
+            type="number",
+            minimum=0,
+            maximum=86_400,
+            title="Soak (s)",
+            description="How long a moved organization is watched.",
+            section=_AFTER,
+        ),
+        "ttl_s": Param(
+            3_600,
+            type="number",
+            minimum=0,
+            maximum=90 * 86_400,
+            title="TTL (s)",
+            description=(
+                "From the flip to the clean-up of the old copy: how long stale readers can live. "
+                f"Up to {LONGEST_TTL_IN_RUN_S} the run waits for it; longer ones get a clean-up "
+                "run. Example: 604800 (a week)."
+            ),
+            section=_AFTER,
+        ),
+    }
+
+
+def prepare_cell_params() -> dict[str, Param]:
+    """Return the form of `prepare_cell`."""
+    return {
+        "cells": Param(
+            [],
+            type="array",
+            items={"type": "string", "minLength": 1, "maxLength": 63},
+            minItems=1,
+            maxItems=ORGANIZATIONS_PER_RUN,
+            uniqueItems=True,
+            title="Cells",
+            description="Cells of cells.yaml, one a line: `cell-2`.",
+            section=_WHAT,
+        ),
+        "dry_run": _dry_run(
+            "On: only say what each cell lacks. Switch it off to install it."
+        ),
+    }
+
+
+def clean_up_organizations_params() -> dict[str, Param]:
+    """Return the form of `clean_up_organizations`."""
+    return {
+        "migrations": Param(
+            [],
+            type="array",
+            items={"type": "integer", "minimum": 1},
+            minItems=1,
+            maxItems=ORGANIZATIONS_PER_RUN,
+            uniqueItems=True,
+            title="Migrations",
+            description="Numbers of retained migrations, as `cellferry status` shows them: [17].",
+            section=_WHAT,
+        ),
+    }
+
+
+def reverse_rounds_params() -> dict[str, Param]:
+    """Return the form of `reverse_rounds`."""
+    return {
+        "at_most": Param(
+            20,
+            type="integer",
+            minimum=1,
+            maximum=500,
+            title="At most",
+            description="Retained migrations that one run looks at; the next run takes the next.",
+            section=_SPEED,
+        ),
+    }
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class _Choice(_Strict):
+    organizations: list[str] = Field(min_length=1, max_length=ORGANIZATIONS_PER_REQUEST)
+    destination: str = Field(min_length=1)
+    dry_run: bool = True
+
+
+class MoveRequest(_Strict):
+    """A checked request of `migrate_organizations`; says nothing yet of what exists."""
+
+    organizations: tuple[str, ...]
+    destination: str
+    dry_run: bool
+    options: Any
+
+    @property
+    def move_options(self) -> MoveOptions:
+        """The options of each organization's move."""
+        options: MoveOptions = self.options
+        return options
+
+
+def read_move_request(params: Mapping[str, Any]) -> MoveRequest:
+    """Read the Params of `migrate_organizations` strictly.
+
+    Raises:
+        InvalidInput: a Param is unknown, missing, of the wrong type or out of bounds. All faults
+            are named.
+    """
+    from cellferry.migration import MoveOptions
+
+    refuse_unknown(params, migrate_organizations_params())
+    chosen = {name: value for name, value in params.items() if name in _Choice.model_fields}
+    rest = {name: value for name, value in params.items() if name not in _Choice.model_fields}
+    faults: list[str] = []
+    choice = options = None
+    try:
+        choice = _Choice.model_validate(chosen)
+    except ValidationError as error:
+        faults.extend(_faults(error))
+    try:
+        options = MoveOptions.model_validate(rest, strict=True)
+    except ValidationError as error:
+        faults.extend(_faults(error))
+    if choice is None or options is None:
+        raise InvalidInput("; ".join(faults), hint="correct the Params and trigger a new run")
+    return MoveRequest(
+        organizations=tuple(choice.organizations),
+        destination=choice.destination,
+        dry_run=choice.dry_run,
+        options=options,
+    )
+
+
+def refuse_unknown(params: Mapping[str, Any], known: Collection[str]) -> None:
+    """Refuse Params that the DAG does not have: a typing error must not start a run.
+
+    Raises:
+        InvalidInput: names each one, and what was probably meant.
+    """
+    unknown = sorted(set(params) - set(known))
+    if not unknown:
+        return
+    named = []
+    for name in unknown:
+        near = difflib.get_close_matches(name, list(known), n=1)
+        named.append(f"{name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    plural = "s" if len(unknown) > 1 else ""
+    raise InvalidInput(
+        f"unknown Param{plural} {', '.join(named)}",
+        hint=f"this DAG knows: {', '.join(known)}",
+    )
+
+
+def _faults(error: ValidationError) -> list[str]:
+    return [
+        f"Param {'.'.join(str(part) for part in fault['loc'])!r}: {fault['msg']}"
+        + (f", got {fault['input']!r}" if fault["type"] != "missing" else "")
+        for fault in error.errors()
+    ]

@@ -1,0 +1,92 @@
+"""What every task does around its one step: who asks, connections, progress, cancellation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from airflow.sdk import get_current_context
+
+from cellferry.errors import CellferryError
+from cellferry.model import Actor
+
+if TYPE_CHECKING:
+    from cellferry.migration import Context, StepResult
+
+log = logging.getLogger(__name__)
+
+#: XCom key under which a failed try leaves its reason for the report.
+FAILURE = "failure"
+#: A message for people is cut after this many characters.
+LONGEST_MESSAGE = 2_000
+
+
+@contextmanager
+def step_context() -> Iterator[Context]:
+    """Open everything that a step needs, as the running Airflow task.
+
+    An error that leaves the block is said in plain words in the log and left for the report, with
+    secrets masked; then Airflow's retry policy decides.
+    """
+    from cellferry.migration import Context
+    from cellferry.orchestration.cancellation import unwinding_when_cancelled
+    from cellferry.orchestration.connections import airflow_connections
+    from cellferry.orchestration.progress import ProgressBoard
+    from cellferry.settings import default_path, load
+
+    airflow: Mapping[str, Any] = get_current_context()
+    state_store = airflow.get("task_state_store")
+    try:
+        with (
+            unwinding_when_cancelled(),
+            ProgressBoard(state_store.set if state_store is not None else None) as board,
+            Context.from_settings(
+                load(default_path()), airflow_connections(), actor=actor(airflow), listener=board
+            ) as context,
+        ):
+            yield context
+    except CellferryError as error:
+        leave_reason(airflow, error.message, error.hint)
+        raise
+    except Exception as error:
+        leave_reason(airflow, f"{type(error).__name__}: {error}", None)
+        raise
+
+
+def leave_reason(airflow: Mapping[str, Any], message: str, remedy: str | None) -> None:
+    """Say why the step failed in the log, and leave it for the report."""
+    log.error("%s%s", message, f"\nRemedy: {remedy}" if remedy else "")
+    failure = {"message": _presentable(message), "remedy": _presentable(remedy or "")}
+    airflow["ti"].xcom_push(key=FAILURE, value=failure)
+
+
+def _presentable(text: str) -> str:
+    """Mask secrets, because XCom does not, and bound the length."""
+    from airflow.sdk._shared.secrets_masker import redact
+
+    return str(redact(text))[:LONGEST_MESSAGE]
+
+
+def actor(airflow: Mapping[str, Any]) -> Actor:
+    """Return who does this, for the audit: the person who triggered the run, if there is one."""
+    run = airflow["dag_run"]
+    name = getattr(run, "triggering_user_name", None)
+    return Actor(
+        name=name or "airflow",
+        role="operator" if name else "scheduler",
+        dag_run=f"{run.dag_id}/{run.run_id}",
+        try_number=airflow["ti"].try_number,
+    )
+
+
+def brief(result: StepResult) -> dict[str, Any]:
+    """Return what goes into XCom of a step's result: ids, the state and a line for people."""
+    log.info("%s", result.summary)
+    return {
+        "migration": result.migration,
+        "state": str(result.state),
+        "summary": result.summary,
+        "repeated": result.repeated,
+    }
