@@ -20,7 +20,7 @@ def owner_text(table: Table, row: str) -> sql.Composed:
     return sql.SQL("COALESCE({})").format(sql.SQL(", ").join(paths))
 
 
-def owned_by(data_map: DataMap, table: Table, row: str, organization: str) -> sql.Composed:
+def owned_by(data_map: DataMap, table: Table, row: str, organization: str | None) -> sql.Composed:
     """Return a boolean expression: whether the row called `row` is `organization`'s.
 
     Written so that an index on the key column, or on the path's columns, serves it.
@@ -58,8 +58,12 @@ def _column(row: str, column: str) -> sql.Composed:
 def _when(path: OwnerPath, row: str) -> sql.Composable | None:
     if path.when is None:
         return None
+    return _condition(path.when, row)
+
+
+def _condition(when: str, row: str) -> sql.Composed:
     # The condition comes from the reviewed data map file; it is SQL by design.
-    return sql.SQL("({})").format(sql.SQL(path.when.replace("{row}", _record(row).as_string(None))))
+    return sql.SQL("({})").format(sql.SQL(when.replace("{row}", _record(row).as_string(None))))
 
 
 def _joins(path: OwnerPath, row: str) -> tuple[sql.Composable, sql.Composable, str]:
@@ -74,6 +78,8 @@ def _joins(path: OwnerPath, row: str) -> tuple[sql.Composable, sql.Composable, s
             sql.SQL("{} = {}").format(_column(alias, theirs), _column(previous, ours))
             for ours, theirs in zip(hop.columns, hop.parent_columns, strict=True)
         )
+        if hop.when is not None:
+            conditions.append(_condition(hop.when, alias))
         previous = alias
     return sql.SQL(", ").join(tables), sql.SQL(" AND ").join(conditions), previous
 

@@ -51,6 +51,8 @@ class Column:
     """'' | 'a' (always) | 'd' (by default)."""
     collation: str | None = None
     """Set for collatable types, when it is not `C` or `POSIX`."""
+    text_only: bool = False
+    """Its binary form holds OIDs of this database's types: send it as text between cells."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Hop:
     columns: tuple[str, ...]
     parent: Name
     parent_columns: tuple[str, ...]
+    when: str | None = None
+    """Condition over the parent's row (alias `{row}`): the parent is polymorphic itself."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,12 @@ class Unique:
     definition: str = ""
     primary: bool = False
     exclusion: bool = False
+    expressions: tuple[str, ...] = ()
+    """What is unique: column names or expressions over unqualified columns, as SQL."""
+    operators: tuple[str, ...] = ()
+    """For an exclusion constraint: the operator of each expression."""
+    nulls_equal: bool = False
+    """NULLS NOT DISTINCT."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,12 @@ class ForeignKey:
     on_delete: str = "a"
     """As `pg_constraint.confdeltype`: a no action, r restrict, c cascade, n null, d default."""
     declared: bool = True
+    trusted: bool = True
+    """False when older rows may violate it: NOT VALID or NOT ENFORCED."""
+    partial: bool = False
+    """Declared for, or pointing at, single partitions only."""
+    temporal: bool = False
+    """With PERIOD: the last column refers by containment, not by equality."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +178,8 @@ class Refusal:
     reason: str
     remedy: str
     fatal: bool = True
+    code: str = "unsupported"
+    """Stable, kebab-case: `unplaced`, `no-key`, `large-object`, …"""
 
 
 @dataclass(frozen=True)
