@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, unquote, urlencode, urlsplit
 
 from cellferry.errors import InvalidInput
-from cellferry.settings import ConnectionSource, from_environment
+from cellferry.settings import from_environment
 
 if TYPE_CHECKING:
     from airflow.sdk import Connection
@@ -26,34 +26,49 @@ SCHEMES: Mapping[str, str] = {
 }
 
 
-def airflow_connections() -> ConnectionSource:
-    """Return a source that asks Airflow, then the environment, for a connection's URL.
+class AirflowConnections:
+    """A `ConnectionSource` that asks Airflow, then the environment.
 
     Each connection is asked for once. Its password, plain and as written in the URL, is masked in
-    every log of the process.
+    every log of the process; `hide` masks it in other texts.
     """
-    elsewhere = from_environment()
-    seen: dict[str, str | None] = {}
 
-    def source(name: str) -> str | None:
-        if name not in seen:
-            seen[name] = _ask_airflow(name) or elsewhere(name)
-        return seen[name]
+    def __init__(self) -> None:
+        self._elsewhere = from_environment()
+        self._seen: dict[str, str | None] = {}
+        self._secrets: set[str] = set()
 
-    return source
+    def __call__(self, name: str) -> str | None:
+        """Return the URL of connection `name`, or None when nobody knows it."""
+        if name not in self._seen:
+            url = self._ask_airflow(name) or self._elsewhere(name)
+            if url is not None and (written := urlsplit(url).password):
+                self._mask({written, unquote(written)})
+            self._seen[name] = url
+        return self._seen[name]
 
+    def hide(self, text: str) -> str:
+        """Return `text` without the secrets of the connections asked for."""
+        for secret in sorted(self._secrets, key=len, reverse=True):
+            text = text.replace(secret, "***")
+        return text
 
-def _ask_airflow(name: str) -> str | None:
-    from airflow.sdk import BaseHook
-    from airflow.sdk.exceptions import AirflowNotFoundException
+    def _mask(self, secrets: set[str]) -> None:
+        from airflow.sdk.log import mask_secret
 
-    try:
-        connection = BaseHook.get_connection(name)
-    except AirflowNotFoundException:
-        return None
-    url = url_of(connection)
-    _mask(connection.password)
-    return url
+        self._secrets |= secrets
+        for secret in secrets:
+            mask_secret(secret)
+
+    @staticmethod
+    def _ask_airflow(name: str) -> str | None:
+        from airflow.sdk import BaseHook
+        from airflow.sdk.exceptions import AirflowNotFoundException
+
+        try:
+            return url_of(BaseHook.get_connection(name))
+        except AirflowNotFoundException:
+            return None
 
 
 def url_of(connection: Connection) -> str:
@@ -102,13 +117,3 @@ def url_of(connection: Connection) -> str:
 def _text(value: str | float | bool) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
-
-def _mask(password: str | None) -> None:
-    """Hide `password` in logs as it is, and as a URL writes it."""
-    if not password:
-        return
-    from airflow.sdk.log import mask_secret
-
-    mask_secret(password)
-    if (written := quote(password, safe="")) != password:
-        mask_secret(written)

@@ -32,41 +32,37 @@ def step_context() -> Iterator[Context]:
     """
     from cellferry.migration import Context
     from cellferry.orchestration.cancellation import unwinding_when_cancelled
-    from cellferry.orchestration.connections import airflow_connections
+    from cellferry.orchestration.connections import AirflowConnections
     from cellferry.orchestration.progress import ProgressBoard
     from cellferry.settings import default_path, load
 
     airflow: Mapping[str, Any] = get_current_context()
     state_store = airflow.get("task_state_store")
+    connections = AirflowConnections()
     try:
         with (
             unwinding_when_cancelled(),
             ProgressBoard(state_store.set if state_store is not None else None) as board,
             Context.from_settings(
-                load(default_path()), airflow_connections(), actor=actor(airflow), listener=board
+                load(default_path()), connections, actor=actor(airflow), listener=board
             ) as context,
         ):
             yield context
     except CellferryError as error:
-        leave_reason(airflow, error.message, error.hint)
+        leave_reason(
+            airflow, connections.hide(error.message), connections.hide(error.hint or "")
+        )
         raise
     except Exception as error:
-        leave_reason(airflow, f"{type(error).__name__}: {error}", None)
+        leave_reason(airflow, connections.hide(f"{type(error).__name__}: {error}"))
         raise
 
 
-def leave_reason(airflow: Mapping[str, Any], message: str, remedy: str | None) -> None:
+def leave_reason(airflow: Mapping[str, Any], message: str, remedy: str = "") -> None:
     """Say why the step failed in the log, and leave it for the report."""
     log.error("%s%s", message, f"\nRemedy: {remedy}" if remedy else "")
-    failure = {"message": _presentable(message), "remedy": _presentable(remedy or "")}
+    failure = {"message": message[:LONGEST_MESSAGE], "remedy": remedy[:LONGEST_MESSAGE]}
     airflow["ti"].xcom_push(key=FAILURE, value=failure)
-
-
-def _presentable(text: str) -> str:
-    """Mask secrets, because XCom does not, and bound the length."""
-    from airflow.sdk._shared.secrets_masker import redact
-
-    return str(redact(text))[:LONGEST_MESSAGE]
 
 
 def actor(airflow: Mapping[str, Any]) -> Actor:

@@ -1,0 +1,206 @@
+"""The tasks of a run that belong to no single organization: check, split, hand on, report."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from airflow.sdk import get_current_context, task
+
+from cellferry.orchestration.params import LONGEST_TTL_IN_RUN_S
+from cellferry.orchestration.retry_policy import BRIEF
+from cellferry.orchestration.step_run import FAILURE, step_context
+from cellferry.orchestration.task_groups import CLEAN_UP_STEPS, GROUP, MOVE_STEPS
+
+log = logging.getLogger(__name__)
+
+#: XCom key under which `validate` leaves the request for the run that takes the rest.
+REST = "rest"
+
+
+@task(multiple_outputs=False, **BRIEF)
+def validate() -> list[dict[str, str]]:
+    """Check the whole input before anything changes; return this run's organizations.
+
+    Fails naming every unknown Param, wrong value, unknown organization or cell, duplicate, and
+    organization that is there already or moving elsewhere.
+    """
+    from cellferry.orchestration.params import read_move_request
+    from cellferry.orchestration.validation import check_move_request, split
+
+    airflow = get_current_context()
+    run = airflow["dag_run"]
+    params = dict(airflow["params"])
+    with step_context() as ferry:
+        request = read_move_request(params)
+        organizations = check_move_request(ferry, request, str(ferry.actor.dag_run))
+    first, rest = split(organizations, params, run.run_id)
+    airflow["ti"].xcom_push(key=REST, value=rest)
+    log.info(
+        "%d organizations to %s%s%s",
+        len(organizations),
+        request.destination,
+        ", dry run" if request.dry_run else "",
+        f"; this run takes the first {len(first)}" if rest else "",
+    )
+    return [dict(one) for one in first]
+
+
+@task(multiple_outputs=False, trigger_rule="all_done", **BRIEF)
+def plan_clean_up() -> dict[str, Any]:
+    """Return the request for a clean-up run; empty when the TTL was waited for in this run."""
+    from cellferry.model import State
+    from cellferry.orchestration.validation import started_by
+
+    airflow = get_current_context()
+    params = airflow["params"]
+    organizations = _pull(airflow, "validate") or []
+    if params["dry_run"] or params["ttl_s"] <= LONGEST_TTL_IN_RUN_S or not organizations:
+        return {}
+    with step_context() as ferry:
+        retained = []
+        for one in organizations:
+            number = started_by(
+                ferry,
+                ferry.topology.organization(one["id"]),
+                params["destination"],
+                str(ferry.actor.dag_run),
+            )
+            if number is not None:
+                retained.append(ferry.topology.migration(number))
+    retained = [one for one in retained if one.state is State.RETAINED and one.ttl_until]
+    if not retained:
+        return {}
+    numbers = sorted(one.id for one in retained)
+    # the name follows from what is in it: a retry starts it once, a larger set starts another
+    digest = hashlib.sha256(repr(numbers).encode()).hexdigest()[:12]
+    start = max(one.ttl_until for one in retained if one.ttl_until).isoformat()
+    log.info("a clean-up run of %d migrations starts at %s", len(numbers), start)
+    return {
+        "run_id": f"clean_up__{numbers[0]}-{numbers[-1]}__{digest}",
+        "conf": {"migrations": numbers},
+        "run_after": start,
+    }
+
+
+@task(multiple_outputs=False, **BRIEF)
+def validate_clean_up() -> list[dict[str, Any]]:
+    """Check the migrations before anything changes; return those that still need a clean-up."""
+    from cellferry.orchestration.params import clean_up_organizations_params, refuse_unknown
+    from cellferry.orchestration.validation import check_clean_up
+
+    airflow = get_current_context()
+    params = dict(airflow["params"])
+    with step_context() as ferry:
+        refuse_unknown(params, clean_up_organizations_params())
+        needed = check_clean_up(ferry, params["migrations"])
+    log.info("%d of %d migrations need a clean-up", len(needed), len(params["migrations"]))
+    return needed
+
+
+@task(multiple_outputs=False, trigger_rule="all_done", **BRIEF)
+def report() -> dict[str, int]:
+    """Print what became of each organization, and fail when one failed, saying what to do."""
+    from cellferry.orchestration import reporting
+    from cellferry.orchestration.validation import started_by
+
+    airflow = get_current_context()
+    params = airflow["params"]
+    organizations = _organizations(airflow, "validate")
+    lanes = _lanes(airflow, organizations, MOVE_STEPS)
+    rows = []
+    if params["dry_run"]:
+        for one in lanes:
+            plan = airflow["ti"].xcom_pull(
+                task_ids=f"{GROUP}.plan", key="plan", map_indexes=one.index
+            )
+            rows.append(reporting.plan_row(one.slug, plan))
+    else:
+        with step_context() as ferry:
+            for one, organization in zip(lanes, organizations, strict=True):
+                number = started_by(
+                    ferry,
+                    ferry.topology.organization(organization["id"]),
+                    params["destination"],
+                    str(ferry.actor.dag_run),
+                )
+                migration = ferry.topology.migration(number) if number is not None else None
+                rows.append(reporting.move_row(one, migration))
+    return _say(lanes, rows)
+
+
+@task(multiple_outputs=False, trigger_rule="all_done", **BRIEF)
+def report_clean_up() -> dict[str, int]:
+    """Print what was deleted, and fail when a clean-up failed, saying what to do."""
+    from cellferry.orchestration import reporting
+
+    airflow = get_current_context()
+    organizations = _organizations(airflow, "validate_clean_up")
+    lanes = _lanes(airflow, organizations, CLEAN_UP_STEPS)
+    with step_context() as ferry:
+        rows = [
+            reporting.clean_up_row(one, ferry.topology.migration(organization["migration"]))
+            for one, organization in zip(lanes, organizations, strict=True)
+        ]
+    return _say(lanes, rows)
+
+
+def _organizations(airflow: Any, task_id: str) -> Sequence[Mapping[str, Any]]:
+    """Return the run's lanes, or fail because the input was refused."""
+    from airflow.sdk.exceptions import AirflowFailException
+
+    organizations: Sequence[Mapping[str, Any]] | None = _pull(airflow, task_id)
+    if organizations is None:
+        failure = airflow["ti"].xcom_pull(task_ids=task_id, key=FAILURE) or {}
+        remedy = failure.get("remedy")
+        raise AirflowFailException(
+            f"nothing was changed: {failure.get('message', f'{task_id} failed, see its log')}"
+            + (f"\nRemedy: {remedy}" if remedy else "")
+        )
+    return organizations
+
+
+def _lanes(airflow: Any, organizations: Sequence[Mapping[str, Any]], steps: Sequence[str]) -> Any:
+    """Read how each lane ended, and the reasons that failed tasks left."""
+    from dataclasses import replace
+
+    from cellferry.orchestration import reporting
+
+    ti, run = airflow["ti"], airflow["dag_run"]
+    states = ti.get_task_states(dag_id=run.dag_id, run_ids=[run.run_id]).get(run.run_id, {})
+    lanes = []
+    for index, one in enumerate(organizations):
+        lane = reporting.lane(index, one["slug"], GROUP, steps, states)
+        if lane.failed_step is not None:
+            failure = (
+                ti.xcom_pull(
+                    task_ids=f"{GROUP}.{lane.failed_step}", key=FAILURE, map_indexes=index
+                )
+                or {}
+            )
+            lane = replace(
+                lane, message=failure.get("message", ""), remedy=failure.get("remedy", "")
+            )
+        lanes.append(lane)
+    return lanes
+
+
+def _say(lanes: Any, rows: Sequence[Mapping[str, str]]) -> dict[str, int]:
+    """Print the table; fail with what to do when a lane failed."""
+    from airflow.sdk.exceptions import AirflowFailException
+
+    from cellferry.orchestration import reporting
+
+    if rows:
+        log.info("Report\n%s", reporting.table(rows))
+    else:
+        log.info("nothing was left to do")
+    if complaint := reporting.complaint(lanes, GROUP):
+        raise AirflowFailException(complaint)
+    return {"organizations": len(lanes), "failed": 0}
+
+
+def _pull(airflow: Any, task_id: str, key: str = "return_value") -> Any:
+    return airflow["ti"].xcom_pull(task_ids=task_id, key=key)

@@ -1,0 +1,82 @@
+"""Waiting for the end of a TTL without a worker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from airflow.sdk import BaseSensorOperator
+
+from cellferry.orchestration.params import LONGEST_TTL_IN_RUN_S
+
+if TYPE_CHECKING:
+    from airflow.sdk import Context
+
+#: Added to the wait, because two clocks are involved. Clean-up asks the topology's clock again.
+MARGIN_S = 1.0
+
+
+class TtlSensor(BaseSensorOperator):
+    """Waits until a migration's TTL is over: an absolute time kept in the topology.
+
+    Only reads, so it may be repeated. Deferred: the triggerer holds the wait and ends the task.
+
+    Args:
+        organization: the one of this lane, for its name in the UI.
+        before: result of the step before; `migration` is the migration's number.
+        in_run: skip, and with it the clean-up, when the run's `ttl_s` is too long to wait for.
+    """
+
+    template_fields: Sequence[str] = ("organization", "before")
+    ui_color = "#e6f1f2"
+
+    def __init__(
+        self,
+        *,
+        organization: Mapping[str, str],
+        before: Mapping[str, Any],
+        in_run: bool,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.organization = organization
+        self.before = before
+        self.in_run = in_run
+
+    def execute(self, context: Context) -> None:
+        """Defer until the TTL is over, or return at once when it is.
+
+        Raises:
+            WrongState: the migration has not been flipped.
+        """
+        from airflow.providers.standard.triggers.temporal import DateTimeTrigger
+        from airflow.sdk.exceptions import AirflowSkipException
+
+        from cellferry.migration import steps
+        from cellferry.orchestration.progress import duration
+        from cellferry.orchestration.step_run import step_context
+
+        if self.in_run and context["params"]["ttl_s"] > LONGEST_TTL_IN_RUN_S:
+            raise AirflowSkipException(
+                f"a TTL of {duration(context['params']['ttl_s'])} is not waited for in this run; "
+                "a clean-up run starts when it is over"
+            )
+        with step_context() as ferry:
+            until = steps.ttl_until(ferry, self.before["migration"])
+            left_s = (until - ferry.topology.now()).total_seconds()
+        if left_s <= 0:
+            self.log.info("the TTL was over at %s", until.isoformat())
+            return
+        self.log.info("the TTL is over at %s, in %s", until.isoformat(), duration(left_s))
+        self.defer(
+            trigger=DateTimeTrigger(
+                # the triggerer's clock runs this wait; the topology's clock said how long it is
+                moment=datetime.now(UTC) + timedelta(seconds=left_s + MARGIN_S),
+                end_from_trigger=True,
+            ),
+            method_name="execute_complete",
+        )
+
+    def execute_complete(self, context: Context, event: Any = None) -> None:  # noqa: ARG002
+        """End; the trigger does that itself, unless it is told otherwise."""

@@ -1,0 +1,206 @@
+"""The lanes that DAGs are made of: one mapped instance for each organization.
+
+A task is a short function that calls one step. It returns ids, counts and a line for people; the
+next one takes that as `before`. Truth is in the topology and in the cells, so every task may be
+repeated, cleared or killed.
+
+Arguments are passed by keyword: Airflow renders the name of a lane from them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from airflow.sdk import get_current_context, task, task_group
+
+from cellferry.orchestration.retry_policy import PATIENT, PROMPT
+from cellferry.orchestration.sensors import TtlSensor
+from cellferry.orchestration.step_run import brief, step_context
+
+log = logging.getLogger(__name__)
+
+GROUP = "organization"
+#: Steps of a lane, in order.
+MOVE_STEPS = ("plan", "copy", "sync", "verify", "cutover", "soak", "wait_for_ttl", "cleanup")
+CLEAN_UP_STEPS = ("wait_for_ttl", "cleanup")
+
+#: Tasks of one kind at once, over all runs: a cell's servers have other work to do, too.
+COPIES_AT_ONCE = 4
+#: Few, because a cutover that shares its processor with others pauses writers for longer.
+CUTOVERS_AT_ONCE = 2
+CLEAN_UPS_AT_ONCE = 2
+
+#: What is nearer to its end goes first, so that organizations spend little time half moved.
+_PRIORITY = {step: number for number, step in enumerate(MOVE_STEPS, start=1)} | {"cutover": 20}
+
+_NAMES_A_TASK = "{{ task.op_kwargs['organization']['slug'] }}"
+_NAMES_A_SENSOR = "{{ task.organization['slug'] }}"
+
+
+def _step(name: str, **more: Any) -> dict[str, Any]:
+    """Return the arguments that the task of step `name` has in common with all others."""
+    return {
+        "task_id": name,
+        "map_index_template": _NAMES_A_TASK,
+        "multiple_outputs": False,
+        "priority_weight": _PRIORITY[name],
+        "weight_rule": "absolute",
+        **PATIENT,
+        **more,
+    }
+
+
+@task(**_step("plan", max_active_tis_per_dag=COPIES_AT_ONCE))
+def plan(*, organization: Mapping[str, str]) -> dict[str, Any]:
+    """Look at everything and change nothing; unless it is a dry run, record the migration.
+
+    Fails when something blocks the move, in a dry run, too.
+    """
+    from cellferry.errors import Blocked
+    from cellferry.migration import steps
+    from cellferry.orchestration.params import read_move_request
+    from cellferry.orchestration.validation import started_by
+
+    airflow = get_current_context()
+    with step_context() as ferry:
+        request = read_move_request(airflow["params"])
+        found = ferry.topology.organization(organization["id"])
+        begun = started_by(ferry, found, request.destination, str(ferry.actor.dag_run))
+        if begun is not None:
+            log.info("migration %d of this run goes on", begun)
+            return {"migration": begun, "repeated": True}
+        report = steps.plan(
+            ferry,
+            organization["id"],
+            request.destination,
+            options=request.move_options,
+            record=not request.dry_run,
+        )
+        kept = _plan_for_people(report.as_dict())
+        airflow["ti"].xcom_push(key="plan", value=kept)
+        log.info(
+            "%s → %s, %s: %s", report.source, report.destination, report.strategy,
+            report.strategy_reason,
+        )  # fmt: skip
+        for blocker in report.blockers:
+            say = log.error if blocker.fatal else log.warning
+            say("%s: %s Remedy: %s", blocker.where, blocker.reason, blocker.remedy)
+        if report.fatal:
+            raise Blocked(
+                "; ".join(f"{one.where}: {one.reason}" for one in report.fatal),
+                organization=report.organization.slug,
+                step="plan",
+                hint="; ".join(dict.fromkeys(one.remedy for one in report.fatal)),
+            )
+        return {"migration": report.migration, "repeated": False}
+
+
+def _plan_for_people(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the counts and codes of a plan, without its texts."""
+    kept = {
+        key: plan[key]
+        for key in ("source", "destination", "strategy", "copy_s", "pause_s", "totals", "migration")
+    }
+    blockers = [blocker["code"] for blocker in plan["blockers"] if blocker["fatal"]]
+    return {**kept, "blockers": blockers}
+
+
+@task(**_step("copy", max_active_tis_per_dag=COPIES_AT_ONCE))
+def copy(*, organization: Mapping[str, str], before: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG001 - names the lane
+    """Copy everything while the organization writes; a killed copy goes on from its checkpoint.
+
+    A dry run ends here.
+    """
+    from airflow.sdk.exceptions import AirflowSkipException
+
+    from cellferry.migration import steps
+
+    if before["migration"] is None:
+        raise AirflowSkipException("a dry run only plans; set dry_run to false to move")
+    with step_context() as ferry:
+        return brief(steps.copy(ferry, before["migration"]))
+
+
+@task(**_step("sync"))
+def sync(*, organization: Mapping[str, str], before: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG001
+    """Repeat rounds over what changed since, until a round is small."""
+    from cellferry.migration import steps
+
+    with step_context() as ferry:
+        return brief(steps.sync(ferry, before["migration"]))
+
+
+@task(**_step("verify", max_active_tis_per_dag=COPIES_AT_ONCE))
+def verify(*, organization: Mapping[str, str], before: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG001
+    """Compare every row and key; a difference halts the migration."""
+    from cellferry.migration import steps
+
+    with step_context() as ferry:
+        return brief(steps.verify(ferry, before["migration"]))
+
+
+@task(**_step("cutover", max_active_tis_per_dag=CUTOVERS_AT_ONCE, **PROMPT))
+def cutover(*, organization: Mapping[str, str], before: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG001
+    """Move the authority behind one barrier; its writers wait for the write pause."""
+    from cellferry.migration import steps
+
+    with step_context() as ferry:
+        return brief(steps.cutover(ferry, before["migration"]))
+
+
+@task(**_step("soak"))
+def soak(*, organization: Mapping[str, str], before: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG001
+    """Watch the organization at its new cell, and replay its writes to the old one."""
+    from cellferry.migration import steps
+
+    with step_context() as ferry:
+        return brief(steps.soak(ferry, before["migration"]))
+
+
+@task(**_step("cleanup", max_active_tis_per_dag=CLEAN_UPS_AT_ONCE))
+def cleanup(*, organization: Mapping[str, str], before: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG001
+    """Delete the old copy in paced batches, and everything that the migration made."""
+    from cellferry.migration import steps
+
+    with step_context() as ferry:
+        return brief(steps.cleanup(ferry, before["migration"]))
+
+
+def wait_and_clean_up(organization: Any, before: Any, *, in_run: bool) -> Any:
+    """Add the end of a lane to the current group: wait for the TTL, then clean up.
+
+    Args:
+        organization: id and slug; `before`: has the migration's number.
+        in_run: True where a long TTL is left to a clean-up run.
+    """
+    arguments = _step("wait_for_ttl")
+    del arguments["multiple_outputs"]  # only functions have outputs
+    waited = TtlSensor(
+        organization=organization,
+        before=before,
+        in_run=in_run,
+        **{**arguments, "map_index_template": _NAMES_A_SENSOR},
+    )
+    cleaned = cleanup(organization=organization, before=before)
+    waited >> cleaned
+    return cleaned
+
+
+@task_group(group_id=GROUP, tooltip="One organization's move")
+def move_organization(organization: Any) -> None:
+    """One organization's lane through a move."""
+    planned = plan(organization=organization)
+    copied = copy(organization=organization, before=planned)
+    synced = sync(organization=organization, before=copied)
+    verified = verify(organization=organization, before=synced)
+    cut_over = cutover(organization=organization, before=verified)
+    soaked = soak(organization=organization, before=cut_over)
+    wait_and_clean_up(organization, soaked, in_run=True)
+
+
+@task_group(group_id=GROUP, tooltip="One organization's clean-up")
+def clean_up_organization(organization: Any) -> None:
+    """One retained organization's lane through its clean-up."""
+    wait_and_clean_up(organization, organization, in_run=False)

@@ -1,0 +1,156 @@
+"""The first task of a run: everything that can be wrong with the input is said at once.
+
+Nothing is changed before all of it was accepted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cellferry.errors import InvalidInput
+from cellferry.model import State
+from cellferry.orchestration.params import ORGANIZATIONS_PER_RUN, MoveRequest
+
+if TYPE_CHECKING:
+    from cellferry.migration import Context
+    from cellferry.model import Organization
+
+#: How a clean-up run's task answers for a migration that needs none any more.
+_OVER = frozenset({State.COMPLETED, State.ROLLED_BACK})
+
+_PART = re.compile(r"(?P<base>.+)\.part-(?P<part>\d+)-of-(?P<parts>\d+)")
+
+
+def check_move_request(
+    context: Context, request: MoveRequest, dag_run: str
+) -> list[dict[str, str]]:
+    """Return the organizations of `request`, each with its id and slug, in the given order.
+
+    An organization that this very run has moved already is accepted, so that a run which is
+    cleared as a whole goes on where it was.
+
+    Raises:
+        InvalidInput: an organization or cell is unknown, an organization is named twice, lives in
+            the destination already, or is moving elsewhere. All faults are named.
+    """
+    context.settings.cell(request.destination, context.connections)
+    faults: list[str] = []
+    found: dict[str, Organization] = {}
+    named: dict[str, str] = {}
+    for name in request.organizations:
+        try:
+            organization = context.topology.organization(name)
+        except InvalidInput as error:
+            faults.append(f"{error.message} ({error.hint})" if error.hint else error.message)
+            continue
+        if organization.id in found:
+            faults.append(f"{name!r} and {named[organization.id]!r} are the same organization")
+            continue
+        found[organization.id] = organization
+        named[organization.id] = name
+        if fault := _misplaced(context, organization, request.destination, dag_run):
+            faults.append(fault)
+    if faults:
+        raise InvalidInput(
+            f"{len(faults)} of {len(request.organizations)} organizations cannot be taken: "
+            + "; ".join(faults),
+            hint="correct the list and trigger a new run; nothing was changed",
+        )
+    return [{"id": one.id, "slug": one.slug} for one in found.values()]
+
+
+def _misplaced(
+    context: Context, organization: Organization, destination: str, dag_run: str
+) -> str | None:
+    """Return why `organization` cannot move to `destination`, or None."""
+    if started_by(context, organization, destination, dag_run) is not None:
+        return None
+    live = context.topology.live_migration(organization.id)
+    if live is not None and live.destination != destination:
+        return (
+            f"{organization.slug} is already moving from {live.source} to {live.destination} "
+            f"(migration {live.id}, {live.state})"
+        )
+    if live is None and context.topology.route(organization.id).cell == destination:
+        return f"{organization.slug} lives in {destination} already"
+    return None
+
+
+def started_by(
+    context: Context, organization: Organization, destination: str, dag_run: str
+) -> int | None:
+    """Return the migration of `organization` to `destination` that `dag_run` works on, if any."""
+    for migration in reversed(context.topology.migrations(org=organization.id)):
+        if migration.destination != destination or migration.state in (
+            State.ABORTED,
+            State.ROLLED_BACK,
+        ):
+            continue
+        if any(entry.dag_run == dag_run for entry in context.topology.audit(migration.id)):
+            return migration.id
+    return None
+
+
+def split(
+    organizations: Sequence[Mapping[str, str]], params: Mapping[str, Any], run_id: str
+) -> tuple[list[Mapping[str, str]], dict[str, Any]]:
+    """Return this run's organizations, and the request for the run that takes the rest.
+
+    That run splits again, if need be. Its name follows from this run's, so that a retry starts it
+    once. The request is empty when nothing is left.
+    """
+    size = ORGANIZATIONS_PER_RUN
+    first, rest = list(organizations[:size]), organizations[size:]
+    if not rest:
+        return first, {}
+    base, part, parts = run_id, 1, 1 + -(-len(rest) // size)
+    if found := _PART.fullmatch(run_id):
+        base, part, parts = found["base"], int(found["part"]), int(found["parts"])
+    return first, {
+        "run_id": f"{run_name(base)}.part-{part + 1}-of-{parts}",
+        "conf": {**params, "organizations": [one["id"] for one in rest]},
+    }
+
+
+def run_name(text: str) -> str:
+    """Return `text` as Airflow allows it in a run's name."""
+    return re.sub(r"[^A-Za-z0-9_.~:+-]", "_", text)
+
+
+def check_clean_up(context: Context, migrations: Sequence[int]) -> list[dict[str, Any]]:
+    """Return the migrations that still need a clean-up, each with its organization.
+
+    Raises:
+        InvalidInput: one is unknown, or its organization has not moved yet. All are named.
+    """
+    faults: list[str] = []
+    needed: list[dict[str, Any]] = []
+    for number in migrations:
+        try:
+            migration = context.topology.migration(number)
+        except InvalidInput as error:
+            faults.append(error.message)
+            continue
+        if migration.state in _OVER:
+            continue
+        if migration.state not in (State.RETAINED, State.CLEANING):
+            faults.append(
+                f"migration {number} of {migration.organization.slug} is {migration.state}"
+            )
+            continue
+        needed.append(
+            {
+                "id": migration.organization.id,
+                "slug": migration.organization.slug,
+                "migration": number,
+            }
+        )
+    if faults:
+        raise InvalidInput(
+            f"{len(faults)} of {len(migrations)} migrations cannot be cleaned up: "
+            + "; ".join(faults),
+            hint="only retained migrations have an old copy to delete; nothing was changed",
+        )
+    return needed
