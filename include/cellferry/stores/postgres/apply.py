@@ -1,0 +1,394 @@
+"""Make the destination's rows of some keys equal to the source's, in one transaction.
+
+Deletes the keys, copies their current rows as of one snapshot of the source, compares both sides,
+commits. What a key went through meanwhile (swapped unique values, a changed key, a rolled back
+savepoint) does not matter: only its current row does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from cellferry.errors import TransientError, VerificationFailed
+from cellferry.model import Move
+from cellferry.stores.postgres.conflicts import WAITING_ROOM, admit, clear_the_way, waiting_room
+from cellferry.stores.postgres.references import Needs, ReferencedRows, outward
+from cellferry.stores.postgres.row_keys import key_array, key_text
+from cellferry.stores.postgres.schema import ForeignKey, Hop, Placement, Table
+from cellferry.stores.postgres.scope import (
+    Key,
+    Scope,
+    keys_join,
+    keys_match,
+    keys_relation,
+    row_hash,
+)
+from cellferry.stores.postgres.transactions import write
+from cellferry.stores.postgres.wire import Wire
+
+#: Dirty keys by relation.
+Keys = Mapping[str, set[Key]]
+
+
+@dataclass
+class Applied:
+    """What one application changed and compared."""
+
+    keys: int = 0
+    rows: int = 0
+    bytes: int = 0
+    compared: int = 0
+    hashes: dict[str, dict[str, str]] = field(default_factory=dict)
+
+
+class Applier:
+    """Applies keys from the source to the destination; the caller has the snapshot open.
+
+    Args:
+        source: a connection in a REPEATABLE READ transaction.
+        destination: a connection in autocommit mode with the replica role.
+    """
+
+    def __init__(
+        self,
+        source: psycopg.Connection[Any],
+        destination: psycopg.Connection[Any],
+        scope: Scope,
+        wires: Mapping[str, Wire],
+        move: Move,
+    ) -> None:
+        self._source = source
+        self._destination = destination
+        self._scope = scope
+        self._move = move
+        self._references = ReferencedRows(source, destination, scope, wires, move.migration)
+
+    def apply(
+        self,
+        keys: Keys,
+        *,
+        complete: bool,
+        before_commit: Callable[[], None] | None = None,
+    ) -> Applied:
+        """Apply `keys` and commit.
+
+        Args:
+            keys: dirty keys of owned and referenced tables.
+            complete: whether these are all keys that are dirty in the snapshot. If not, the keys
+                that these depend on are applied too.
+            before_commit: more work at the destination in the same transaction.
+
+        Raises:
+            VerificationFailed: both sides differ although the keys were applied.
+            LeaseLost: another attempt took over.
+            PermanentError: another organization's row stands in the way.
+        """
+        for careful in (False, True):
+            try:
+                with write(self._destination, self._move):
+                    applied = self._converge(keys, complete=complete, careful=careful)
+                    if before_commit is not None:
+                        before_commit()
+                return applied
+            except (psycopg.errors.UniqueViolation, psycopg.errors.ExclusionViolation):
+                if careful:
+                    raise
+        raise AssertionError  # pragma: no cover
+
+    def _converge(self, keys: Keys, *, complete: bool, careful: bool) -> Applied:
+        applied = Applied()
+        done: dict[str, set[Key]] = {}
+        pending = {
+            table: set(keys[str(table.name)])
+            for table in self._scope.tables
+            if keys.get(str(table.name))
+        }
+        while pending:
+            self._add_dependents(pending, done)
+            if not complete:
+                self._add_missing_parents(pending, done)
+                self._add_dependents(pending, done)
+            self._delete(pending)
+            in_the_way: dict[Table, set[Key]] = {}
+            for table in self._scope.tables:
+                if table in pending:
+                    cleared = self._insert(table, pending[table], applied, careful=careful)
+                    in_the_way[table] = cleared
+            for table, some in pending.items():
+                done.setdefault(str(table.name), set()).update(some)
+            pending = {
+                table: fresh
+                for table, some in in_the_way.items()
+                if (fresh := some - done[str(table.name)])
+            }
+        followed = {
+            str(table.name): self._references.follow(table, keys[str(table.name)])
+            for table in self._scope.data_map.referenced
+            if keys.get(str(table.name))
+        }
+        if done or any(followed.values()):
+            brought, size = self._bring_references(done)
+            applied.rows += brought
+            applied.bytes += size
+            self._compare({**done, **followed}, applied)
+        applied.keys = sum(len(some) for some in done.values())
+        applied.keys += sum(len(some) for some in followed.values())
+        return applied
+
+    def _delete(self, pending: Mapping[Table, set[Key]]) -> None:
+        """Delete all keys with one statement.
+
+        Every part of it sees the tables as before, so the guard of a child still finds its
+        parents, whatever the order and whatever cycles there are.
+        """
+        parts = [
+            sql.SQL("{} AS (DELETE FROM {} AS t USING {} WHERE {} AND {})").format(
+                sql.Identifier(f"d{number}"),
+                table.name.identifier,
+                keys_relation(table, some),
+                keys_match(table),
+                self._scope.owned(table),
+            )
+            for number, (table, some) in enumerate(pending.items())
+        ]
+        self._destination.execute(
+            sql.SQL("WITH {} SELECT 1").format(sql.SQL(", ").join(parts)), prepare=False
+        )
+
+    def _insert(self, table: Table, keys: set[Key], applied: Applied, *, careful: bool) -> set[Key]:
+        """Copy the current rows of `keys`; return the keys of rows that were in their way."""
+        body = sql.SQL("FROM {} AS t {} WHERE {}").format(
+            table.name.identifier, keys_join(table, keys), self._scope.owned(table)
+        )
+        cleared: set[Key] = set()
+        if careful or any(unique.deferrable for unique in table.uniques):
+            if not table.has_direct_owner:
+                # Its parents have come meanwhile: now a row that the copy brought before them
+                # can be told to be the organization's.
+                self._delete({table: keys})
+            with waiting_room(self._destination, table):
+                rows, size = self._references.carry(table, body, WAITING_ROOM)
+                cleared = clear_the_way(self._destination, self._scope, table)
+                admit(self._destination, table)
+        else:
+            rows, size = self._references.carry(table, body)
+        applied.rows += rows
+        applied.bytes += size
+        return cleared
+
+    def _add_dependents(self, pending: dict[Table, set[Key]], done: Mapping[str, set[Key]]) -> None:
+        """Add the destination's children of rows that are gone at the source.
+
+        Usually the children's own deletes are dirty keys as well. They are not when no constraint
+        is declared, or when a bounded round sees the parent's key and not yet the children's; a
+        child without its parent could not be told to be the organization's any more.
+        """
+        unseen = {table: set(some) for table, some in pending.items()}
+        while unseen:
+            found: dict[Table, set[Key]] = {}
+            for table, some in unseen.items():
+                hops = self._scope.children.get(table.name, ())
+                if not hops:
+                    continue
+                gone = some - self._owned_at_source(table, some)
+                if not gone:
+                    continue
+                for hop in hops:
+                    children = self._children_at_destination(hop.child, hop.hop, table, gone)
+                    children -= pending.get(hop.child, set())
+                    children -= done.get(str(hop.child.name), set())
+                    if children:
+                        found.setdefault(hop.child, set()).update(children)
+            for table, some in found.items():
+                pending.setdefault(table, set()).update(some)
+            unseen = found
+
+    def _add_missing_parents(
+        self, pending: dict[Table, set[Key]], done: Mapping[str, set[Key]]
+    ) -> None:
+        unseen = {table: set(some) for table, some in pending.items()}
+        while unseen:
+            found: dict[Table, set[Key]] = {}
+            for child, some in unseen.items():
+                for hop in {path.hops[0] for path in child.owners if path.hops}:
+                    parent = self._scope.data_map.by_name.get(hop.parent)
+                    if parent is None or parent.placement is not Placement.OWNED:
+                        continue
+                    missing = self._parents_missing(child, hop, parent, some)
+                    missing -= pending.get(parent, set())
+                    missing -= done.get(str(parent.name), set())
+                    if missing:
+                        found.setdefault(parent, set()).update(missing)
+            for table, keys in found.items():
+                pending.setdefault(table, set()).update(keys)
+            unseen = found
+
+    def _owned_at_source(self, table: Table, keys: set[Key]) -> set[Key]:
+        statement = sql.SQL("SELECT {} FROM {} AS t {} WHERE {}").format(
+            key_array(table, "t"),
+            table.name.identifier,
+            keys_join(table, keys),
+            self._scope.owned(table),
+        )
+        return {tuple(key) for (key,) in self._source.execute(statement, prepare=False)}
+
+    def _children_at_destination(
+        self, child: Table, hop: Hop, parent: Table, gone: set[Key]
+    ) -> set[Key]:
+        statement = sql.SQL(
+            "SELECT {} FROM {} AS t JOIN {} AS p ON {} JOIN {} ON {} WHERE {}"
+        ).format(
+            key_array(child, "t"),
+            child.name.identifier,
+            parent.name.identifier,
+            _tie(hop),
+            keys_relation(parent, gone),
+            keys_match(parent, "p"),
+            self._scope.owned(child),
+        )
+        return {tuple(key) for (key,) in self._destination.execute(statement, prepare=False)}
+
+    def _parents_missing(self, child: Table, hop: Hop, parent: Table, keys: set[Key]) -> set[Key]:
+        wanted = {
+            tuple(key)
+            for (key,) in self._source.execute(
+                sql.SQL("SELECT DISTINCT {} FROM {} AS t {} JOIN {} AS p ON {} WHERE {}").format(
+                    key_array(parent, "p"),
+                    child.name.identifier,
+                    keys_join(child, keys),
+                    parent.name.identifier,
+                    _tie(hop),
+                    self._scope.owned(child),
+                ),
+                prepare=False,
+            )
+        }
+        if not wanted:
+            return set()
+        there = {
+            tuple(key)
+            for (key,) in self._destination.execute(
+                sql.SQL("SELECT {} FROM {} AS t {}").format(
+                    key_array(parent, "t"), parent.name.identifier, keys_join(parent, wanted)
+                ),
+                prepare=False,
+            )
+        }
+        return wanted - there
+
+    def _bring_references(self, done: Mapping[str, set[Key]]) -> tuple[int, int]:
+        """Insert the referenced rows that the applied rows need and the destination lacks."""
+        checks: list[tuple[Table, ForeignKey]] = [
+            (table, foreign_key)
+            for table in self._scope.tables
+            if done.get(str(table.name))
+            for foreign_key in outward(self._scope, table)
+        ]
+        if not checks:
+            return 0, 0
+        statement = sql.SQL(" UNION ALL ").join(
+            dangling(number, table, foreign_key, keys_join(table, done[str(table.name)]))
+            for number, (table, foreign_key) in enumerate(checks)
+        )
+        needs: Needs = []
+        for number, values in _grouped(self._destination.execute(statement, prepare=False)):
+            table, foreign_key = checks[number]
+            parent = self._scope.data_map.by_name[foreign_key.parent]
+            if parent.placement is Placement.REFERENCED:
+                needs.append((foreign_key, values))
+            elif foreign_key.declared:
+                raise VerificationFailed(
+                    f"{table.name} refers to {parent.name} row {', '.join(sorted(values)[0])},"
+                    f" which the destination lacks ({parent.placement})",
+                    hint=f"make {parent.name} equal in both cells, or declare it as referenced in"
+                    " the data map",
+                    organization=self._scope.organization,
+                    where=str(table.name),
+                )
+        return self._references.bring(needs)
+
+    def _compare(self, done: Mapping[str, set[Key]], applied: Applied) -> None:
+        relations = [relation for relation, some in done.items() if some]
+        if not relations:
+            return
+        statement = sql.SQL(" UNION ALL ").join(
+            self._digest(relation, done[relation]) for relation in relations
+        )
+        here = {row[0]: row[1:] for row in self._source.execute(statement, prepare=False)}
+        there = {row[0]: row[1:] for row in self._destination.execute(statement, prepare=False)}
+        for relation in relations:
+            if here[relation] != there[relation]:
+                raise VerificationFailed(
+                    f"{relation} differs after a round: {here[relation][0]} rows at the source,"
+                    f" {there[relation][0]} at the destination of {len(done[relation])} keys",
+                    hint="nothing was committed; run verify to see the rows",
+                    organization=self._scope.organization,
+                    where=relation,
+                )
+            applied.compared += len(done[relation])
+            applied.hashes[relation] = {
+                "count": str(here[relation][0]),
+                "hash": str(here[relation][1]),
+            }
+
+    def _digest(self, relation: str, keys: set[Key]) -> sql.Composed:
+        table = self._scope.by_relation[relation]
+        owned = self._scope.owned(table) if table.owners else sql.SQL("true")
+        return sql.SQL(
+            "SELECT {}::text, count(*), COALESCE(sum({}), 0)::text FROM {} AS t {} WHERE {}"
+        ).format(
+            sql.Literal(relation),
+            row_hash(table),
+            table.name.identifier,
+            keys_join(table, keys),
+            owned,
+        )
+
+
+def dangling(
+    number: int, table: Table, foreign_key: ForeignKey, body: sql.Composable
+) -> sql.Composed:
+    """Return a SELECT of `number` and the values of a foreign key that lead to no row.
+
+    Args:
+        body: joins and conditions after `FROM table AS t`; may end in a WHERE clause's condition.
+    """
+    present = sql.SQL(" AND ").join(
+        sql.SQL("{} IS NOT NULL").format(sql.Identifier("t", column))
+        for column in foreign_key.columns
+    )
+    tie = sql.SQL(" AND ").join(
+        sql.SQL("{} = {}").format(sql.Identifier("p", theirs), sql.Identifier("t", ours))
+        for ours, theirs in zip(foreign_key.columns, foreign_key.parent_columns, strict=True)
+    )
+    return sql.SQL(
+        "SELECT DISTINCT {}, ARRAY[{}] FROM {} AS t {} WHERE {}"
+        " AND NOT EXISTS (SELECT 1 FROM {} AS p WHERE {})"
+    ).format(
+        sql.Literal(number),
+        sql.SQL(", ").join(key_text(table.column(column), "t") for column in foreign_key.columns),
+        table.name.identifier,
+        body,
+        present,
+        foreign_key.parent.identifier,
+        tie,
+    )
+
+
+def _tie(hop: Hop) -> sql.Composed:
+    return sql.SQL(" AND ").join(
+        sql.SQL("{} = {}").format(sql.Identifier("p", theirs), sql.Identifier("t", ours))
+        for ours, theirs in zip(hop.columns, hop.parent_columns, strict=True)
+    )
+
+
+def _grouped(rows: Any) -> list[tuple[int, set[Key]]]:
+    groups: dict[int, set[Key]] = {}
+    for number, values in rows:
+        groups.setdefault(number, set()).add(tuple(values))
+    return list(groups.items())

@@ -1,0 +1,280 @@
+"""Referenced rows: what an organization's rows point at and shares with others (users, plans).
+
+The rule of authority: a row that the destination has already is left alone. One that it lacks is
+copied, recorded in `cellferry.imported_row`, and follows later changes at the source until the
+flip. None is ever deleted, except by an abort when nobody else refers to it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from cellferry.errors import PermanentError
+from cellferry.stores.postgres.conflicts import WAITING_ROOM, waiting_room
+from cellferry.stores.postgres.row_keys import key_array, key_text
+from cellferry.stores.postgres.schema import ForeignKey, Placement, Table
+from cellferry.stores.postgres.scope import (
+    Key,
+    Scope,
+    column_list,
+    keys_join,
+    keys_match,
+    keys_relation,
+    texts_match,
+    texts_relation,
+)
+from cellferry.stores.postgres.wire import Inlet, Wire
+
+BATCH = 10_000
+
+#: Values of a foreign key that some rows need, by the foreign key.
+Needs = list[tuple[ForeignKey, set[Key]]]
+
+
+class ReferencedRows:
+    """Brings the referenced rows that moved rows need to the destination.
+
+    Every method works in the transactions that the caller has open on the two connections.
+    """
+
+    def __init__(
+        self,
+        source: psycopg.Connection[Any],
+        destination: psycopg.Connection[Any],
+        scope: Scope,
+        wires: Mapping[str, Wire],
+        migration: int,
+    ) -> None:
+        self._source = source
+        self._destination = destination
+        self._scope = scope
+        self._wires = wires
+        self._migration = migration
+
+    def foreign_keys(self, table: Table) -> tuple[ForeignKey, ...]:
+        """Return the foreign keys of `table` that lead to referenced rows."""
+        return self._scope.data_map.references(table)
+
+    def needed_by_all(self, table: Table) -> Iterator[tuple[ForeignKey, set[Key]]]:
+        """Yield what all rows of the organization in `table` point at, foreign key by key."""
+        for foreign_key in self.foreign_keys(table):
+            yield (
+                foreign_key,
+                self._pointed_at(table, foreign_key, sql.SQL("WHERE {}").format(self._scope.owned(table))),
+            )  # fmt: skip
+
+    def needed_by(self, table: Table, keys: Collection[Key]) -> Needs:
+        """Return what the rows `keys` of `table` point at; the source is read."""
+        if not keys:
+            return []
+        body = sql.SQL("{} WHERE true").format(keys_join(table, keys))
+        return [
+            (foreign_key, self._pointed_at(table, foreign_key, body))
+            for foreign_key in self.foreign_keys(table)
+        ]
+
+    def _pointed_at(self, table: Table, foreign_key: ForeignKey, body: sql.Composable) -> set[Key]:
+        texts = sql.SQL(", ").join(
+            key_text(table.column(column), "t") for column in foreign_key.columns
+        )
+        present = sql.SQL(" AND ").join(
+            sql.SQL("{} IS NOT NULL").format(sql.Identifier("t", column))
+            for column in foreign_key.columns
+        )
+        statement = sql.SQL("SELECT DISTINCT {} FROM {} AS t {} AND {}").format(
+            texts, table.name.identifier, body, present
+        )
+        return {tuple(row) for row in self._source.execute(statement)}
+
+    def bring(
+        self, needs: Needs, batch: Callable[[Callable[[], None]], None] | None = None
+    ) -> tuple[int, int]:
+        """Insert those of `needs` that the destination lacks, and what these point at in turn.
+
+        Args:
+            needs: what moved rows point at.
+            batch: runs its argument in a transaction of its own; None when one is open.
+
+        Returns:
+            Rows inserted, and their bytes.
+
+        Raises:
+            PermanentError: a row cannot be inserted, because another row with its unique values
+                is at the destination already.
+        """
+        inserted_rows = inserted_bytes = 0
+        waiting = deque(needs)
+        seen: set[tuple[str, Key]] = set()
+        while waiting:
+            foreign_key, values = waiting.popleft()
+            parent = self._scope.data_map.by_name[foreign_key.parent]
+            fresh = [value for value in values if (foreign_key.name, value) not in seen]
+            seen.update((foreign_key.name, value) for value in fresh)
+            for some in _batches(fresh, BATCH):
+                result: list[tuple[list[Key], int]] = []
+
+                def work(
+                    parent: Table = parent,
+                    foreign_key: ForeignKey = foreign_key,
+                    some: list[Key] = some,
+                    result: list[tuple[list[Key], int]] = result,
+                ) -> None:
+                    result.append(self._insert_absent(parent, foreign_key.parent_columns, some))
+
+                if batch is None:
+                    work()
+                else:
+                    batch(work)
+                keys, size = result[-1]
+                inserted_rows += len(keys)
+                inserted_bytes += size
+                waiting.extend(self.needed_by(parent, keys))
+        return inserted_rows, inserted_bytes
+
+    def _absent(self, parent: Table, columns: Sequence[str], values: Collection[Key]) -> list[Key]:
+        statement = sql.SQL(
+            "SELECT {} FROM {} WHERE NOT EXISTS (SELECT 1 FROM {} AS t WHERE {})"
+        ).format(
+            sql.SQL(", ").join(
+                sql.Identifier("k", f"k{number}") for number in range(1, len(columns) + 1)
+            ),
+            texts_relation(values, len(columns)),
+            parent.name.identifier,
+            texts_match([parent.column(column) for column in columns]),
+        )
+        return [tuple(row) for row in self._destination.execute(statement)]
+
+    def _insert_absent(
+        self, parent: Table, columns: Sequence[str], values: Collection[Key]
+    ) -> tuple[list[Key], int]:
+        absent = self._absent(parent, columns, values)
+        if not absent:
+            return [], 0
+        match = texts_match([parent.column(column) for column in columns])
+        body = sql.SQL("FROM {} AS t JOIN {} ON {}").format(
+            parent.name.identifier, texts_relation(absent, len(columns)), match
+        )
+        with waiting_room(self._destination, parent):
+            sent, size = self.carry(parent, body, WAITING_ROOM)
+            listed = column_list(parent.copied_columns, None)
+            rows = self._destination.execute(
+                sql.SQL(
+                    "INSERT INTO {} AS t ({}) OVERRIDING SYSTEM VALUE SELECT {} FROM {}"
+                    " ON CONFLICT DO NOTHING RETURNING {}"
+                ).format(
+                    parent.name.identifier, listed, listed, WAITING_ROOM, key_array(parent, "t")
+                )
+            ).fetchall()
+        inserted: list[Key] = [tuple(key) for (key,) in rows]
+        if len(inserted) < sent:
+            self._insist(parent, columns, absent)
+        self._destination.cursor().executemany(
+            "INSERT INTO cellferry.imported_row (migration, relation, key) VALUES (%s, %s, %s)"
+            " ON CONFLICT DO NOTHING",
+            [(self._migration, str(parent.name), list(key)) for key in inserted],
+        )
+        return inserted, size
+
+    def _insist(self, parent: Table, columns: Sequence[str], values: Collection[Key]) -> None:
+        # A row that somebody else inserted meanwhile is fine; one that is still absent could not
+        # be inserted, because of another unique key. (The source lacks it: nothing was sent.)
+        still = set(self._absent(parent, columns, values))
+        at_source = {
+            tuple(row)
+            for row in self._source.execute(
+                sql.SQL("SELECT {} FROM {} AS t JOIN {} ON {}").format(
+                    sql.SQL(", ").join(key_text(parent.column(column), "t") for column in columns),
+                    parent.name.identifier,
+                    texts_relation(values, len(columns)),
+                    texts_match([parent.column(column) for column in columns]),
+                )
+            )
+        }
+        refused = sorted(still & at_source)
+        if refused:
+            raise PermanentError(
+                f"key collision: {parent.name} row {', '.join(refused[0])} cannot be copied: another"
+                f" row at the destination has one of its unique values ({len(refused)} such rows)",
+                hint="make both cells agree on this row (same key, same unique values),"
+                " then run the step again",
+                organization=self._scope.organization,
+                where=str(parent.name),
+            )
+
+    def carry(
+        self, table: Table, body: sql.Composable, target: sql.Composable | None = None
+    ) -> tuple[int, int]:
+        """Copy rows from the source into `target`; return how many, and their bytes."""
+        wire = self._wires[str(table.name)]
+        with (
+            self._source.cursor() as cursor,
+            cursor.copy(wire.out(body)) as stream,
+            Inlet(self._destination, wire, target) as inlet,
+        ):
+            for _, row in wire.rows(stream):
+                inlet.put(row)
+        return inlet.rows, inlet.bytes
+
+    def follow(self, table: Table, keys: Collection[Key]) -> set[Key]:
+        """Bring those of `keys` that this migration imported up to date; return these.
+
+        A row that is gone at the source stays: nobody's row is deleted by a move.
+        """
+        if not keys:
+            return set()
+        imported = {
+            tuple(row)
+            for (row,) in self._destination.execute(
+                "SELECT key FROM cellferry.imported_row WHERE migration = %s AND relation = %s",
+                (self._migration, str(table.name)),
+            )
+        } & set(keys)
+        if not imported:
+            return set()
+        present = self.present(table, imported)
+        if present:
+            self._destination.execute(
+                sql.SQL("DELETE FROM {} AS t USING {} WHERE {}").format(
+                    table.name.identifier, keys_relation(table, present), keys_match(table)
+                )
+            )
+            self.carry(
+                table,
+                sql.SQL("FROM {} AS t {}").format(table.name.identifier, keys_join(table, present)),
+            )
+        return present
+
+    def present(self, table: Table, keys: Collection[Key]) -> set[Key]:
+        """Return those of `keys` that the source has."""
+        return {
+            tuple(key)
+            for (key,) in self._source.execute(
+                sql.SQL("SELECT {} FROM {} AS t {}").format(
+                    key_array(table, "t"), table.name.identifier, keys_join(table, keys)
+                )
+            )
+        }
+
+
+def outward(scope: Scope, table: Table) -> tuple[ForeignKey, ...]:
+    """Return the foreign keys of `table` to rows that do not move with the organization."""
+    by_name = scope.data_map.by_name
+    return tuple(
+        foreign_key
+        for foreign_key in scope.data_map.foreign_keys
+        if foreign_key.child == table.name
+        and foreign_key.parent in by_name
+        and by_name[foreign_key.parent].placement is not Placement.OWNED
+    )
+
+
+def _batches(values: Sequence[Key], size: int) -> Iterator[list[Key]]:
+    iterator = iter(values)
+    while some := list(islice(iterator, size)):
+        yield some

@@ -1,0 +1,164 @@
+"""Rounds: bounded passes over the keys that changed since they were last copied.
+
+The whole of their correctness: in ONE snapshot of the source read the log rows and the current
+rows of their keys; make the destination equal to these and commit there; then delete exactly the
+log rows that were seen. Never "up to the highest id": ids are not in the order of commits. A crash
+between the two commits repeats a round, which changes nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import psycopg
+
+from cellferry.model import Move, Round
+from cellferry.stores.postgres.apply import Applied, Applier
+from cellferry.stores.postgres.scope import Key, Scope
+from cellferry.stores.postgres.transactions import snapshot, write
+from cellferry.stores.postgres.wire import Wire
+
+#: A round's bounds: distinct keys, and rows of the log (a hot row has many).
+MAX_KEYS = 50_000
+MAX_LOG_ROWS = 500_000
+
+
+@dataclass
+class DirtyKeys:
+    """What one snapshot's log says.
+
+    Attributes:
+        keys: dirty keys by relation.
+        log_ids: exactly the log rows that these keys come from.
+        complete: whether nothing else is dirty in the snapshot.
+    """
+
+    keys: dict[str, set[Key]] = field(default_factory=dict)
+    log_ids: list[int] = field(default_factory=list)
+    complete: bool = True
+
+    @property
+    def count(self) -> int:
+        """Distinct keys."""
+        return sum(len(some) for some in self.keys.values())
+
+
+def read_log(
+    connection: psycopg.Connection[Any],
+    organization: str,
+    max_keys: int = MAX_KEYS,
+    max_rows: int = MAX_LOG_ROWS,
+) -> DirtyKeys:
+    """Read the dirty keys of `organization`, oldest first, in the caller's snapshot."""
+    rows = connection.execute(
+        """
+        SELECT relation, key, array_agg(id)
+        FROM (SELECT id, relation, key FROM cellferry.key_log
+              WHERE organization = %s ORDER BY id LIMIT %s) AS oldest
+        GROUP BY relation, key
+        ORDER BY min(id)
+        LIMIT %s
+        """,
+        (organization, max_rows, max_keys),
+        prepare=True,
+    ).fetchall()
+    dirty = DirtyKeys()
+    for relation, key, ids in rows:
+        dirty.keys.setdefault(relation, set()).add(tuple(key))
+        dirty.log_ids.extend(ids)
+    dirty.complete = len(rows) < max_keys and len(dirty.log_ids) < max_rows
+    return dirty
+
+
+def remaining(connection: psycopg.Connection[Any], organization: str) -> int:
+    """Count the log rows that are visible now."""
+    row = connection.execute(
+        "SELECT count(*) FROM cellferry.key_log WHERE organization = %s",
+        (organization,),
+        prepare=True,
+    ).fetchone()
+    return int(row[0]) if row else 0
+
+
+class Rounds:
+    """Rounds from one cell to the other. Swap the connections and they go back.
+
+    Args:
+        source: where the log and the current rows are; in autocommit mode.
+        destination: where they are applied; in autocommit mode, with the replica role.
+    """
+
+    def __init__(
+        self,
+        source: psycopg.Connection[Any],
+        destination: psycopg.Connection[Any],
+        scope: Scope,
+        wires: Mapping[str, Wire],
+        move: Move,
+    ) -> None:
+        self._source = source
+        self._destination = destination
+        self._scope = scope
+        self._move = move
+        self._applier = Applier(source, destination, scope, wires, move)
+
+    def run(
+        self,
+        *,
+        max_keys: int = MAX_KEYS,
+        before_commit: Callable[[], None] | None = None,
+        forget: bool = True,
+    ) -> tuple[Round, Applied]:
+        """Run one round; repeating it is harmless.
+
+        Args:
+            max_keys: at most so many distinct keys.
+            before_commit: more work in the destination's transaction; it runs, with its commit,
+                even when nothing is dirty.
+            forget: whether to delete the log rows that were applied. Under the gate there is no
+                time for it, and no need: applying a key again changes nothing.
+
+        Raises:
+            VerificationFailed: what was applied differs; nothing was committed.
+            LeaseLost: another attempt took over.
+        """
+        started = time.monotonic()
+        organization = self._move.organization.id
+        with snapshot(self._source):
+            dirty = read_log(self._source, organization, max_keys)
+            applied = Applied()
+            if dirty.log_ids or before_commit is not None:
+                known = {
+                    relation: some
+                    for relation, some in dirty.keys.items()
+                    if relation in self._scope.by_relation
+                }
+                applied = self._applier.apply(
+                    known, complete=dirty.complete, before_commit=before_commit
+                )
+        left = 0
+        if forget:
+            self.forget(dirty)
+            left = remaining(self._source, organization)
+        return (
+            Round(
+                applied=applied.keys,
+                remaining=left,
+                bytes=applied.bytes,
+                seconds=time.monotonic() - started,
+            ),
+            applied,
+        )
+
+    def forget(self, dirty: DirtyKeys) -> None:
+        """Delete exactly the log rows that were seen; the destination has committed them."""
+        if not dirty.log_ids:
+            return
+        with write(self._source, self._move):
+            self._source.execute(
+                "DELETE FROM cellferry.key_log WHERE organization = %s AND id = ANY(%s)",
+                (self._move.organization.id, dirty.log_ids),
+            )

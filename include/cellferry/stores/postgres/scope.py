@@ -1,0 +1,183 @@
+"""One organization's part of a schema, and the SQL fragments by which all of the mover names it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from psycopg import sql
+
+from cellferry.errors import UnsupportedSchema
+from cellferry.stores.postgres.ownership import owned_by
+from cellferry.stores.postgres.row_keys import key_array
+from cellferry.stores.postgres.schema import Column, DataMap, Hop, Name, Table
+
+#: A primary key in its one form: the texts of its columns, in the key's order.
+Key = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ChildHop:
+    """A table whose rows are owned through their parent."""
+
+    child: Table
+    hop: Hop
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The rows of one organization in the tables of one data map."""
+
+    data_map: DataMap
+    organization: str
+
+    @cached_property
+    def tables(self) -> tuple[Table, ...]:
+        """Owned tables, each after the tables through which it is owned.
+
+        The data map orders by every foreign key and may break a cycle anywhere; here only the
+        paths of ownership count, because a delete asks the parents whose a row is.
+        """
+        ordered: dict[Name, Table] = {}
+        visiting: set[Name] = set()
+
+        def place(table: Table) -> None:
+            if table.name in ordered or table.name in visiting:
+                return
+            visiting.add(table.name)
+            for path in table.owners:
+                for hop in path.hops:
+                    parent = self.data_map.by_name.get(hop.parent)
+                    if parent is not None and parent in self.data_map.owned:
+                        place(parent)
+            ordered[table.name] = table
+
+        for table in self.data_map.owned:
+            if not table.primary_key:
+                raise UnsupportedSchema(
+                    f"table {table.name} has no primary key",
+                    hint="give it one, or a unique key of NOT NULL columns",
+                    where=str(table.name),
+                )
+            place(table)
+        return tuple(ordered.values())
+
+    @cached_property
+    def by_relation(self) -> dict[str, Table]:
+        """Owned and referenced tables by the name that the key log has for them."""
+        return {str(table.name): table for table in (*self.tables, *self.data_map.referenced)}
+
+    @cached_property
+    def children(self) -> dict[Name, tuple[ChildHop, ...]]:
+        """For each table, those whose rows are owned directly through its rows."""
+        found: dict[Name, list[ChildHop]] = {}
+        for child in self.tables:
+            hops = {path.hops[0]: None for path in child.owners if path.hops}
+            for hop in hops:
+                found.setdefault(hop.parent, []).append(ChildHop(child, hop))
+        return {name: tuple(hops) for name, hops in found.items()}
+
+    def owned(self, table: Table, row: str = "t") -> sql.Composable:
+        """Return the condition that the row called `row` is the organization's."""
+        return owned_by(self.data_map, table, row, self.organization)
+
+    def is_owned(self, table: Table) -> bool:
+        """Whether `table` is an owned one (and not a referenced one)."""
+        return table.name in {owned.name for owned in self.tables}
+
+
+def column_list(columns: Collection[Column], row: str | None = "t") -> sql.Composed:
+    """Return the quoted names of `columns`, as columns of `row` unless that is None."""
+    if row is None:
+        return sql.SQL(", ").join(sql.Identifier(column.name) for column in columns)
+    return sql.SQL(", ").join(sql.Identifier(row, column.name) for column in columns)
+
+
+def names(columns: Sequence[str], row: str) -> list[sql.Identifier]:
+    """Return the names of `columns` as columns of `row`."""
+    return [sql.Identifier(row, column) for column in columns]
+
+
+def row_hash(table: Table, row: str = "t") -> sql.Composed:
+    """Return a numeric expression: the hash of the row called `row`, generated columns included.
+
+    The text of an explicit list of columns: equal on all versions of PostgreSQL, where a hash of
+    the record is not (it hashes enums by OID, takes 1.1 for 1.10 and fails on `point`).
+    """
+    return sql.SQL("hashtextextended((ROW({}))::text, 0)::numeric").format(
+        column_list(table.columns, row)
+    )
+
+
+def key_hash(table: Table, row: str = "t") -> sql.Composed:
+    """Return a bigint expression: the hash of the key's text, the same under every collation."""
+    return sql.SQL("hashtextextended(({})::text, 0)").format(key_array(table, row))
+
+
+def keys_join(table: Table, keys: Collection[Key], row: str = "t") -> sql.Composed:
+    """Return `JOIN unnest(…) AS k(…) ON …`: only the rows of `row` whose key is in `keys`."""
+    return sql.SQL("JOIN {} ON {}").format(keys_relation(table, keys), keys_match(table, row))
+
+
+def keys_relation(table: Table, keys: Collection[Key]) -> sql.Composed:
+    """Return `unnest(…) AS k(k1, k2 …)`: `keys` as a relation of typed columns."""
+    return texts_relation(keys, len(table.primary_key))
+
+
+def keys_match(table: Table, row: str = "t") -> sql.Composed:
+    """Return the condition that the key of `row` equals that of `k`."""
+    return texts_match([table.column(name) for name in table.primary_key], row)
+
+
+def texts_relation(values: Collection[Key], width: int) -> sql.Composed:
+    """Return `unnest(…) AS k(k1, k2 …)`: tuples of `width` texts as a relation."""
+    columns = list(zip(*values, strict=True)) if values else [()] * width
+    return sql.SQL("unnest({}) AS k({})").format(
+        sql.SQL(", ").join(sql.SQL("{}::text[]").format(text_array(column)) for column in columns),
+        sql.SQL(", ").join(sql.Identifier(f"k{number}") for number in range(1, width + 1)),
+    )
+
+
+def texts_match(columns: Sequence[Column], row: str = "t") -> sql.Composed:
+    """Return the condition that `columns` of `row` equal `k1, k2 …` of `k`."""
+    return sql.SQL(" AND ").join(
+        sql.SQL("{} = {}::{}").format(
+            sql.Identifier(row, column.name),
+            sql.Identifier("k", f"k{number}"),
+            sql.SQL(column.type),
+        )
+        for number, column in enumerate(columns, start=1)
+    )
+
+
+def text_array(values: Sequence[str]) -> sql.Composable:
+    """Return `values` as the literal of a text array.
+
+    One literal, written here: adapting each of fifty thousand elements costs a second.
+    """
+    escaped = (value.replace("\\", "\\\\").replace('"', '\\"') for value in values)
+    return sql.Literal("{" + ",".join(f'"{value}"' for value in escaped) + "}")
+
+
+def parse_key(literal: str) -> Key:
+    """Return the elements of a text array's literal, as `key_array(…)::text` prints it."""
+    elements: list[str] = []
+    current: list[str] = []
+    quoted = False
+    position = 1
+    while position < len(literal) - 1:
+        character = literal[position]
+        if character == "\\":
+            position += 1
+            current.append(literal[position])
+        elif character == '"':
+            quoted = not quoted
+        elif character == "," and not quoted:
+            elements.append("".join(current))
+            current = []
+        else:
+            current.append(character)
+        position += 1
+    elements.append("".join(current))
+    return tuple(elements)

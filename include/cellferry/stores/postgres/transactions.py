@@ -1,0 +1,43 @@
+"""The two kinds of transaction that the mover has: a snapshot to read, a lease to write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+
+from cellferry.model import Move
+from cellferry.stores.postgres import gate
+
+
+@contextmanager
+def snapshot(connection: psycopg.Connection[Any]) -> Iterator[None]:
+    """Read everything inside as of one moment. The connection is in autocommit mode."""
+    with _transaction(connection, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"):
+        yield
+
+
+@contextmanager
+def write(connection: psycopg.Connection[Any], move: Move) -> Iterator[None]:
+    """Write as this attempt only: the lease is held to the end of the transaction (hazard 1).
+
+    Raises:
+        LeaseLost: another attempt took over; nothing was written.
+    """
+    with _transaction(connection, "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE"):
+        gate.hold_lease(connection, move)
+        yield
+
+
+@contextmanager
+def _transaction(connection: psycopg.Connection[Any], begin: str) -> Iterator[None]:
+    connection.execute(begin.encode())
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if not connection.closed:
+            connection.rollback()
+        raise
