@@ -21,6 +21,8 @@ from cellferry.stores.postgres.schema import Name
 
 #: Our own objects are never part of the application's schema.
 OWN_SCHEMA = "cellferry"
+OWN_TRIGGERS = "zz_cellferry"
+"""Prefix of the names of our triggers on the application's tables."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class Relation:
     row_security: bool = False
     of_extension: bool = False
     partition_key: str | None = None
+    partition_bound: str | None = None
     columns: tuple[CatalogColumn, ...] = ()
     constraints: tuple[CatalogConstraint, ...] = ()
     indexes: tuple[CatalogIndex, ...] = ()
@@ -137,6 +140,8 @@ class CatalogSequence:
     maximum: int
     increment: int
     last_value: int | None
+    """None when it was never used, or when this role may not read it."""
+    readable: bool = True
 
 
 @dataclass(frozen=True)
@@ -318,6 +323,7 @@ def _relation(
         row_security=row["row_security"],
         of_extension=row["of_extension"],
         partition_key=row["partition_key"],
+        partition_bound=row["partition_bound"],
         columns=tuple(
             CatalogColumn(**{key: value for key, value in found.items() if key != "number"})
             for found in of("columns")

@@ -17,6 +17,7 @@ SELECT c.oid::bigint AS oid,
        greatest(c.reltuples, 0)::bigint AS estimated_rows,
        c.relrowsecurity AS row_security,
        CASE WHEN c.relkind = 'p' THEN pg_get_partkeydef(c.oid) END AS partition_key,
+       pg_get_expr(c.relpartbound, c.oid) AS partition_bound,
        EXISTS (
            SELECT FROM pg_depend AS d
            WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e'
@@ -198,6 +199,7 @@ SELECT n.nspname::text AS schema,
        s.seqincrement AS increment,
        CASE WHEN has_sequence_privilege(c.oid, 'SELECT, USAGE')
             THEN pg_sequence_last_value(c.oid) END AS last_value,
+       has_sequence_privilege(c.oid, 'SELECT, USAGE') AS readable,
        use.relation::bigint AS relation,
        a.attname::text AS column
 FROM pg_sequence AS s

@@ -128,6 +128,7 @@ def build(
                 "go through a table that is owned itself",
             )
     placements, unplaced = _place(relations, foreign_keys, owners, stated, file)
+    foreign_keys = (*foreign_keys, *_belongings(foreign_keys, placements))
     tables = _in_order(
         [
             _table(catalog, relation, placements[relation.name], owners, stated)
@@ -337,6 +338,37 @@ def _place(
     return placements, unplaced if file.unplaced == "refuse" else frozenset()
 
 
+def _belongings(
+    foreign_keys: Sequence[ForeignKey], placements: Mapping[Name, Placement]
+) -> list[ForeignKey]:
+    """Foreign keys from referenced rows back to rows that belong to them.
+
+    A table that the file places as referenced although no moved table refers to it (the e-mail
+    addresses of shared users) travels with the referenced rows that it refers to.
+    """
+    moved = {Placement.OWNED, Placement.REFERENCED}
+    reached = {key.parent for key in foreign_keys if placements.get(key.child) in moved}
+    return [
+        ForeignKey(
+            name=f"rows of {key.child} that belong to {key.parent}",
+            child=key.parent,
+            columns=key.parent_columns,
+            parent=key.child,
+            parent_columns=key.columns,
+            declared=False,
+            trusted=False,
+            optional=True,
+        )
+        for key in foreign_keys
+        if placements.get(key.child) is Placement.REFERENCED
+        and key.child not in reached
+        and placements.get(key.parent) is Placement.REFERENCED
+        and key.child != key.parent
+        and not key.temporal
+        and not key.partial
+    ]
+
+
 def _table(
     catalog: Catalog,
     relation: Relation,
@@ -390,11 +422,6 @@ def _column(catalog: Catalog, column: CatalogColumn) -> Column:
         generated=bool(column.generated),
         identity=column.identity,
         collation=None if collation in _BYTEWISE else collation,
-        # array_send, record_send and range types over them write OIDs that differ between cells
-        text_only=any(
-            found.kind == "c" or found.element is not None
-            for found in catalog.types_within(column.type_oid)
-        ),
     )
 
 
@@ -453,7 +480,7 @@ def _in_order(
     by_name = {table.name: table for table in tables}
     parents: dict[Name, set[Name]] = {name: set() for name in by_name}
     for key in foreign_keys:
-        if key.child in parents and key.parent in by_name:
+        if key.child in parents and key.parent in by_name and not key.optional:
             parents[key.child].add(key.parent)
     for table in tables:
         for path in table.owners:

@@ -41,7 +41,7 @@ def render_for_review(data_map: DataMap) -> str:
                 "referenced_columns": list(key.parent_columns),
             }
             for key in data_map.foreign_keys
-            if not key.declared
+            if not key.declared and not key.optional
         ],
         "tables": {
             str(table.name): stated for table in data_map.tables if (stated := _stated(table))

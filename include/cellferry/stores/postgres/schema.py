@@ -51,8 +51,6 @@ class Column:
     """'' | 'a' (always) | 'd' (by default)."""
     collation: str | None = None
     """Set for collatable types, when it is not `C` or `POSIX`."""
-    text_only: bool = False
-    """Its binary form holds OIDs of this database's types: send it as text between cells."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +118,8 @@ class ForeignKey:
     """Declared for, or pointing at, single partitions only."""
     temporal: bool = False
     """With PERIOD: the last column refers by containment, not by equality."""
+    optional: bool = False
+    """Leads from referenced rows to rows that belong to them and travel with them, if any."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from cellferry.stores.postgres.catalog import Catalog, Relation
+from cellferry.stores.postgres.catalog import OWN_TRIGGERS, Catalog, Relation
 from cellferry.stores.postgres.file_names import Stated
 from cellferry.stores.postgres.owner_paths import MAX_PATHS, Owners
 from cellferry.stores.postgres.schema import DataMap, Name, Placement, Refusal, Table
@@ -44,6 +44,14 @@ def find_limits(
         yield from _uniques(table)
         if table.placement is Placement.OWNED:
             yield from _ownership(table, data_map, owners)
+        elif not _is_reached(table, data_map):
+            yield Refusal(
+                table=str(table.name),
+                reason="it is placed as referenced, but no moved row refers to it, nor does it"
+                " refer to referenced rows",
+                remedy="state the foreign key that leads to it in foreign_keys, or place it as"
+                " global or cell-local",
+            )
         yield from _references(table, data_map, relation, catalog)
     yield from _other_relations(catalog, stated)
 
@@ -188,7 +196,7 @@ def _storage(relation: Relation, catalog: Catalog) -> Iterator[Refusal]:
 def _triggers(relation: Relation) -> Iterator[Refusal]:
     for kind, found in (("trigger", relation.triggers), ("rule", relation.rules)):
         for one in found:
-            if one.enabled in {"A", "R"}:
+            if one.enabled in {"A", "R"} and not one.name.startswith(OWN_TRIGGERS):
                 word = "ALWAYS" if one.enabled == "A" else "REPLICA"
                 yield Refusal(
                     table=str(relation.name),
@@ -246,6 +254,15 @@ def _ownership(table: Table, data_map: DataMap, owners: Owners) -> Iterator[Refu
     )
 
 
+def _is_reached(table: Table, data_map: DataMap) -> bool:
+    return any(
+        key.parent == table.name
+        and key.child != table.name
+        and data_map.by_name[key.child].placement in _MOVED
+        for key in data_map.foreign_keys
+    )
+
+
 def _references(
     table: Table, data_map: DataMap, relation: Relation, catalog: Catalog
 ) -> Iterator[Refusal]:
@@ -262,7 +279,7 @@ def _references(
                 remedy="take the schema out of ignore_schemas and place its tables",
             )
     for key in data_map.foreign_keys:
-        if key.child != table.name or key.parent not in data_map.by_name:
+        if key.child != table.name or key.optional:
             continue
         parent = data_map.by_name[key.parent]
         what = f"{key.name} ({', '.join(key.columns)} to {key.parent})"
