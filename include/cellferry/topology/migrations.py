@@ -1,0 +1,779 @@
+"""Migrations: the state machine, the lease, and the flip."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, TypeVar
+
+import psycopg
+from psycopg import errors
+from psycopg.rows import dict_row
+
+from cellferry.errors import (
+    CellferryError,
+    Halted,
+    InvalidInput,
+    LeaseLost,
+    OutcomeUnknown,
+    Paused,
+    WrongState,
+)
+from cellferry.model import (
+    BEFORE_FLIP,
+    LIVE_STATES,
+    TRANSITIONS,
+    Actor,
+    Migration,
+    Organization,
+    Route,
+    State,
+    Strategy,
+)
+from cellferry.topology import audit
+from cellferry.topology.audit import AuditEntry
+from cellferry.topology.connection import Database
+from cellferry.topology.directory import check_cell_known, find_organization
+from cellferry.topology.document import document, without_secrets
+
+T = TypeVar("T")
+
+#: A lease's heartbeat is written at most so often, in seconds.
+HEARTBEAT_S = 5.0
+
+_COLUMNS = """
+SELECT m.id, m.organization, o.slug, m.source, m.destination, m.state, m.epoch, m.attempt,
+       m.strategy, m.paused, m.halted, m.last_error, m.ttl_until, m.options, m.facts,
+       m.created_at, m.updated_at
+FROM topology.migration AS m JOIN topology.organization AS o ON o.id = m.organization
+"""
+_BY_ID = _COLUMNS + "WHERE m.id = %s"
+_BY_ID_LOCKED = _BY_ID + " FOR UPDATE OF m"
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Who works on a migration, and when he was last heard of (topology's clock)."""
+
+    migration: int
+    attempt: int
+    holder: str | None
+    taken_at: datetime | None
+    heartbeat_at: datetime | None
+
+
+class Migrations:
+    """The part of the topology that records moves. Every change carries its audit row."""
+
+    _database: Database
+
+    def create_migration(
+        self,
+        org: Organization | str,
+        destination: str,
+        strategy: Strategy | str,
+        options: Mapping[str, Any] | None,
+        plan: Mapping[str, Any] | None,
+        actor: Actor,
+    ) -> Migration:
+        """Record a new migration of `org` from where it lives to `destination`.
+
+        An earlier migration that is retained gets `superseded_by`: its clean-up is cancelled
+        (hazard 4). `plan` becomes the fact `plan`.
+
+        Raises:
+            InvalidInput: unknown organization, cell or strategy; source = destination.
+            WrongState: the organization is already moving, or the destination is cordoned.
+        """
+        try:
+            chosen = Strategy(strategy)
+        except ValueError:
+            raise InvalidInput(
+                f"there is no strategy {strategy!r}", hint=f"choose one of {', '.join(Strategy)}"
+            ) from None
+        id_ = org.id if isinstance(org, Organization) else org
+        request = uuid.uuid4()
+
+        def work(connection: psycopg.Connection[Any]) -> int:
+            done = connection.execute(
+                "SELECT migration FROM topology.audit WHERE request = %s", [request]
+            ).fetchone()
+            if done is not None:  # an earlier commit whose answer was lost
+                return int(done[0])
+            return _create(connection, id_, destination, chosen, options, plan, actor, request)
+
+        return self.migration(self._database.run(work))
+
+    def migration(self, migration_id: int) -> Migration:
+        """Return a migration.
+
+        Raises:
+            InvalidInput: there is none with this id.
+        """
+        return self._database.run(lambda connection: _load(connection, migration_id))
+
+    def live_migration(self, organization_id: str) -> Migration | None:
+        """Return the one live migration of an organization (invariant 4)."""
+        found = self.migrations(states=LIVE_STATES, org=organization_id)
+        return found[0] if found else None
+
+    def migrations(
+        self,
+        states: Iterable[State | str] | None = None,
+        org: Organization | str | None = None,
+        limit: int = 1000,
+    ) -> list[Migration]:
+        """Return migrations, newest first.
+
+        Raises:
+            InvalidInput: unknown state.
+        """
+        wanted = None if states is None else sorted(str(checked_state(state)) for state in states)
+        organization = org.id if isinstance(org, Organization) else org
+
+        def work(connection: psycopg.Connection[Any]) -> list[Migration]:
+            with connection.cursor(row_factory=dict_row) as cursor:
+                cursor.execute(
+                    _COLUMNS
+                    + """
+                    WHERE (%(states)s::text[] IS NULL OR m.state = ANY (%(states)s))
+                      AND (%(organization)s::text IS NULL OR m.organization = %(organization)s)
+                    ORDER BY m.id DESC LIMIT %(limit)s
+                    """,
+                    {"states": wanted, "organization": organization, "limit": limit},
+                )
+                return [_migration(row) for row in cursor]
+
+        return self._database.run(work)
+
+    def take_lease(self, migration_id: int, holder: str, actor: Actor) -> int:
+        """Take the migration over: return a new attempt number; every older one is lost.
+
+        Works in every state, paused and halted ones too: `check_lease` tells.
+
+        Args:
+            migration_id: the migration.
+            holder: what a person needs to find the holder: host, process, DAG run and try.
+            actor: for the audit.
+        """
+
+        def work(connection: psycopg.Connection[Any]) -> int:
+            row = connection.execute(
+                """
+                UPDATE topology.migration
+                SET attempt = attempt + 1, holder = %s, taken_at = now(), heartbeat_at = now()
+                WHERE id = %s RETURNING attempt, organization
+                """,
+                [holder, migration_id],
+            ).fetchone()
+            if row is None:
+                raise _no_migration(migration_id)
+            attempt, organization = row
+            audit.write(
+                connection,
+                "lease",
+                actor,
+                migration=migration_id,
+                organization=organization,
+                attempt=attempt,
+                evidence={"holder": holder},
+            )
+            return int(attempt)
+
+        return self._database.run(work)
+
+    def check_lease(self, migration_id: int, attempt: int) -> None:
+        """Raise when this controller must stop; cheap, called once a batch. Keeps the lease alive.
+
+        Raises:
+            LeaseLost: another controller took over.
+            Paused: a person paused the migration.
+            Halted: a person halted it, or one of its cells.
+        """
+
+        def work(connection: psycopg.Connection[Any]) -> None:
+            row = connection.execute(
+                """
+                SELECT m.attempt, m.paused, m.paused_reason, m.paused_by,
+                       COALESCE(m.halted, (SELECT format('cell %%s: %%s', c.name, c.halted)
+                           FROM topology.cell AS c WHERE c.halted IS NOT NULL
+                               AND c.name IN (m.source, m.destination) LIMIT 1)),
+                       m.halted_by, m.organization, m.holder,
+                       m.heartbeat_at < now() - make_interval(secs => %s)
+                FROM topology.migration AS m WHERE m.id = %s
+                """,
+                [HEARTBEAT_S, migration_id],
+            ).fetchone()
+            if row is None:
+                raise _no_migration(migration_id)
+            newest, paused, why_paused, paused_by, halted, halted_by, org, holder, quiet = row
+            if newest != attempt:
+                raise _lease_lost(migration_id, attempt, newest, holder, org)
+            if halted is not None:
+                raise Halted(
+                    f"the migration is halted{_by(halted_by)}: {halted}",
+                    organization=org,
+                    hint="clear the halt when its reason is gone",
+                )
+            if paused:
+                raise Paused(
+                    f"the migration is paused{_by(paused_by)}"
+                    + (f": {why_paused}" if why_paused else ""),
+                    organization=org,
+                    hint="resume it and run the step again",
+                )
+            if quiet:
+                connection.execute("SET LOCAL synchronous_commit = off")
+                connection.execute(
+                    """
+                    UPDATE topology.migration SET heartbeat_at = now()
+                    WHERE id = %s AND attempt = %s
+                    """,
+                    [migration_id, attempt],
+                )
+
+        self._database.run(work)
+
+    def lease(self, migration_id: int) -> Lease:
+        """Return who holds the migration.
+
+        Raises:
+            InvalidInput: there is none with this id.
+        """
+
+        def work(connection: psycopg.Connection[Any]) -> Lease:
+            row = connection.execute(
+                """
+                SELECT id, attempt, holder, taken_at, heartbeat_at
+                FROM topology.migration WHERE id = %s
+                """,
+                [migration_id],
+            ).fetchone()
+            if row is None:
+                raise _no_migration(migration_id)
+            return Lease(*row)
+
+        return self._database.run(work)
+
+    def expired_leases(
+        self, after_s: float, states: Iterable[State | str] = (State.CUTTING_OVER,)
+    ) -> list[Migration]:
+        """Return migrations in `states` whose holder was silent for `after_s` seconds: reap these.
+
+        Raises:
+            InvalidInput: unknown state.
+        """
+        wanted = sorted(str(checked_state(state)) for state in states)
+
+        def work(connection: psycopg.Connection[Any]) -> list[Migration]:
+            with connection.cursor(row_factory=dict_row) as cursor:
+                cursor.execute(
+                    _COLUMNS
+                    + """
+                    WHERE m.state = ANY (%s) AND
+                        COALESCE(m.heartbeat_at, m.created_at) < now() - make_interval(secs => %s)
+                    ORDER BY m.id
+                    """,
+                    [wanted, after_s],
+                )
+                return [_migration(row) for row in cursor]
+
+        return self._database.run(work)
+
+    def transition(
+        self,
+        migration_id: int,
+        attempt: int,
+        from_: State | str,
+        to: State | str,
+        actor: Actor,
+        facts: Mapping[str, Any] | None = None,
+        reason: str | None = None,
+    ) -> Migration:
+        """Go from one state to another: a compare-and-set with its audit row in one transaction.
+
+        `facts` are merged into the migration's and are the audit's evidence. Repeating it is
+        harmless: a migration that is in `to` already stays there, without another audit row.
+        `from_` = `to` records something without a change of state.
+
+        Raises:
+            WrongState: the migration is in neither state, the transition does not exist, or it is
+                the flip's own (`cutting_over` to `soaking`).
+            LeaseLost: `attempt` is not the newest.
+            InvalidInput: unknown state or migration.
+            OutcomeUnknown: the connection broke while committing and the topology does not say.
+        """
+        before, after = checked_state(from_), checked_state(to)
+        if (before, after) == (State.CUTTING_OVER, State.SOAKING):
+            raise WrongState("only the flip makes a migration soak", hint="use Topology.flip")
+        if after is not before and after not in TRANSITIONS[before]:
+            raise WrongState(f"a migration never goes from {before} to {after}")
+
+        def work(connection: psycopg.Connection[Any], request: uuid.UUID) -> Migration:
+            current = _locked(connection, migration_id, attempt)
+            if current.state is not before:
+                if current.state is after:
+                    return _merge_facts(connection, current, facts)
+                raise WrongState(
+                    f"the migration is {current.state}, not {before}",
+                    organization=current.organization.slug,
+                    hint="look at its status; a step fits only its states",
+                )
+            if after is State.CLEANING and before is State.RETAINED:
+                check_may_clean(connection, current)
+            audit.write(
+                connection,
+                "transition",
+                actor,
+                migration=migration_id,
+                organization=current.organization.id,
+                from_state=before,
+                to_state=after,
+                epoch=current.epoch,
+                attempt=attempt,
+                reason=reason,
+                evidence=facts,
+                request=request,
+            )
+            connection.execute(
+                """
+                UPDATE topology.migration
+                SET state = %s, facts = facts || %s, heartbeat_at = now(), updated_at = now()
+                WHERE id = %s
+                """,
+                [after, document(facts), migration_id],
+            )
+            return _load(connection, migration_id)
+
+        return self._settled(migration_id, work)
+
+    def record(self, migration_id: int, attempt: int, facts: Mapping[str, Any]) -> Migration:
+        """Merge `facts` into the migration's (top-level keys replace). Repeatable.
+
+        Raises:
+            LeaseLost: `attempt` is not the newest.
+        """
+
+        def work(connection: psycopg.Connection[Any]) -> Migration:
+            return _merge_facts(connection, _locked(connection, migration_id, attempt), facts)
+
+        return self._database.run(work)
+
+    def flip(
+        self,
+        migration_id: int,
+        attempt: int,
+        actor: Actor,
+        ttl_seconds: float,
+        facts: Mapping[str, Any] | None = None,
+    ) -> Route:
+        """The commit point: the route goes from the source at epoch N to the destination at N + 1.
+
+        One transaction: lease, state `cutting_over` to `soaking`, route and its history, the
+        time until which the source's copy is kept (on the topology's clock), audit, notification.
+        Repeating it after success is harmless.
+
+        Raises:
+            OutcomeUnknown: the connection broke while committing. Change nothing; ask
+                `flip_outcome`.
+            LeaseLost: `attempt` is not the newest.
+            WrongState: not cutting over, or the route is not the source's at this epoch.
+        """
+        if ttl_seconds < 0:
+            raise InvalidInput(f"the TTL is {ttl_seconds} seconds; it cannot be negative")
+
+        def work(connection: psycopg.Connection[Any]) -> Route:
+            current = _locked(connection, migration_id, attempt)
+            flipped = Route(current.organization.id, current.destination, current.epoch + 1)
+            if current.state is State.SOAKING:
+                return flipped
+            if current.state is not State.CUTTING_OVER:
+                raise WrongState(
+                    f"the migration is {current.state}; only one that cuts over can flip",
+                    organization=current.organization.slug,
+                )
+            moved = connection.execute(
+                """
+                UPDATE topology.route SET cell = %s, epoch = epoch + 1, migration = %s, actor = %s,
+                                          changed_at = clock_timestamp()
+                WHERE organization = %s AND cell = %s AND epoch = %s
+                """,
+                [
+                    current.destination,
+                    migration_id,
+                    actor.name,
+                    current.organization.id,
+                    current.source,
+                    current.epoch,
+                ],
+            ).rowcount
+            if moved != 1:
+                raise WrongState(
+                    f"the route is no longer {current.source} at epoch {current.epoch}",
+                    organization=current.organization.slug,
+                    hint="somebody else changed it; abort this migration",
+                )
+            audit.write(
+                connection,
+                "flip",
+                actor,
+                migration=migration_id,
+                organization=current.organization.id,
+                from_state=State.CUTTING_OVER,
+                to_state=State.SOAKING,
+                epoch=flipped.epoch,
+                attempt=attempt,
+                evidence=facts,
+            )
+            connection.execute(
+                """
+                UPDATE topology.migration
+                SET state = 'soaking', facts = facts || %s, heartbeat_at = now(),
+                    ttl_until = clock_timestamp() + make_interval(secs => %s), updated_at = now()
+                WHERE id = %s
+                """,
+                [document(facts), ttl_seconds, migration_id],
+            )
+            return flipped
+
+        return self._database.run(work, repeatable=False)
+
+    def flip_outcome(self, migration_id: int) -> bool:
+        """Whether the route was flipped; waits for a flip whose commit is still in flight.
+
+        A False is final for the flips that were sent before: the row was locked to say so.
+
+        Raises:
+            Unreachable, TransientError: the topology cannot say yet. Change nothing; ask again.
+        """
+
+        def work(connection: psycopg.Connection[Any]) -> bool:
+            current = _load(connection, migration_id, locked=True)
+            return current.state not in BEFORE_FLIP and current.state is not State.ABORTED
+
+        return self._database.run(work)
+
+    def may_clean(self, migration_id: int) -> None:
+        """Return if the source's copy may be deleted now, on the topology's clock (hazard 4).
+
+        Raises:
+            WrongState: not retained, the TTL lasts, the organization returned or moved on, or a
+                newer migration took the retention over.
+        """
+        self._database.run(
+            lambda connection: check_may_clean(connection, _load(connection, migration_id))
+        )
+
+    def superseded_by(self, migration_id: int) -> int | None:
+        """Return the migration that took over the retention of this one."""
+
+        def work(connection: psycopg.Connection[Any]) -> int | None:
+            row = connection.execute(
+                "SELECT superseded_by FROM topology.migration WHERE id = %s", [migration_id]
+            ).fetchone()
+            if row is None:
+                raise _no_migration(migration_id)
+            return None if row[0] is None else int(row[0])
+
+        return self._database.run(work)
+
+    def set_error(self, migration_id: int, text: str | None, attempt: int | None = None) -> None:
+        """Keep the last error for people to see (None clears it); the state stays.
+
+        With an `attempt` that is not the newest nothing is written: the newer one has the word.
+        """
+        shown = without_secrets(text)[:4000] if text else None
+
+        def work(connection: psycopg.Connection[Any]) -> None:
+            connection.execute(
+                """
+                UPDATE topology.migration SET last_error = %(text)s, updated_at = now()
+                WHERE id = %(migration)s AND last_error IS DISTINCT FROM %(text)s
+                  AND attempt = COALESCE(%(attempt)s, attempt)
+                """,
+                {"text": shown, "migration": migration_id, "attempt": attempt},
+            )
+
+        self._database.run(work)
+
+    def set_paused(
+        self, migration_id: int, paused: bool, actor: Actor, reason: str | None = None
+    ) -> Migration:
+        """Pause a migration, or resume it. Running steps stop at their next batch. Repeatable."""
+        shown = without_secrets(reason) if reason else None
+
+        def work(connection: psycopg.Connection[Any]) -> Migration:
+            current = _load(connection, migration_id, locked=True)
+            if current.paused == paused:
+                return current
+            connection.execute(
+                """
+                UPDATE topology.migration
+                SET paused = %s, paused_reason = %s, paused_by = %s, updated_at = now()
+                WHERE id = %s
+                """,
+                [paused, shown if paused else None, actor.name if paused else None, migration_id],
+            )
+            _note(connection, "paused" if paused else "resumed", current, actor, shown)
+            return _load(connection, migration_id)
+
+        return self._database.run(work)
+
+    def set_halted(self, migration_id: int, reason: str | None, actor: Actor) -> Migration:
+        """Halt a migration for `reason`; None clears the halt, which only a person should do."""
+        shown = without_secrets(reason) if reason else None
+
+        def work(connection: psycopg.Connection[Any]) -> Migration:
+            current = _load(connection, migration_id, locked=True)
+            if current.halted == shown:
+                return current
+            connection.execute(
+                """
+                UPDATE topology.migration SET halted = %s, halted_by = %s, updated_at = now()
+                WHERE id = %s
+                """,
+                [shown, actor.name if shown else None, migration_id],
+            )
+            _note(connection, "halted" if shown else "halt cleared", current, actor, shown)
+            return _load(connection, migration_id)
+
+        return self._database.run(work)
+
+    def audit(self, migration_id: int) -> list[AuditEntry]:
+        """Return the audit of a migration, oldest first."""
+        return self._database.run(lambda connection: audit.read(connection, migration=migration_id))
+
+    def organization_audit(self, organization_id: str) -> list[AuditEntry]:
+        """Return the audit of an organization over all its migrations, oldest first."""
+        return self._database.run(
+            lambda connection: audit.read(connection, organization=organization_id)
+        )
+
+    def _settled(
+        self,
+        migration_id: int,
+        work: Callable[[psycopg.Connection[Any], uuid.UUID], T],
+    ) -> T:
+        """Run `work`; when its commit's outcome is unknown ask for it, and run again if it failed.
+
+        The question locks the migration's row, so a commit still in flight is waited for.
+        """
+        request = uuid.uuid4()
+        for _ in range(3):
+            try:
+                return self._database.run(
+                    lambda connection: work(connection, request), repeatable=False
+                )
+            except OutcomeUnknown as unknown:
+                try:
+                    self._database.run(lambda connection: _load(connection, migration_id, True))
+                    done = self._database.run(
+                        lambda connection: audit.was_committed(connection, request)
+                    )
+                except CellferryError:
+                    raise unknown from None
+                if done:
+                    # The state is there; `work` sees it and returns what it would have returned.
+                    return self._database.run(lambda connection: work(connection, uuid.uuid4()))
+        raise OutcomeUnknown("the connection to the topology keeps breaking while committing")
+
+
+def checked_state(state: State | str) -> State:
+    """Return the state of this name.
+
+    Raises:
+        InvalidInput: there is none.
+    """
+    try:
+        return State(state)
+    except ValueError:
+        raise InvalidInput(
+            f"there is no state {state!r}", hint=f"choose one of {', '.join(State)}"
+        ) from None
+
+
+def check_may_clean(connection: psycopg.Connection[Any], migration: Migration) -> None:
+    """See `Migrations.may_clean`; inside the caller's transaction."""
+    row = connection.execute("SELECT topology.why_not_clean(%s)", [migration.id]).fetchone()
+    if row is not None and row[0] is not None:
+        raise WrongState(
+            f"the copy in {migration.source} must not be deleted: {row[0]}",
+            organization=migration.organization.slug,
+        )
+
+
+def _create(
+    connection: psycopg.Connection[Any],
+    organization_id: str,
+    destination: str,
+    strategy: Strategy,
+    options: Mapping[str, Any] | None,
+    plan: Mapping[str, Any] | None,
+    actor: Actor,
+    request: uuid.UUID,
+) -> int:
+    org = find_organization(connection, organization_id)
+    check_cell_known(connection, destination)
+    # The route is locked: two migrations cannot start from the same authority.
+    route = connection.execute(
+        "SELECT cell, epoch FROM topology.route WHERE organization = %s FOR UPDATE", [org.id]
+    ).fetchone()
+    if route is None:
+        raise InvalidInput("the organization has no route", organization=org.slug)
+    source, epoch = route
+    live = connection.execute(
+        _COLUMNS + "WHERE m.organization = %s AND m.state = ANY (%s)",
+        [org.id, sorted(LIVE_STATES)],
+    ).fetchone()
+    if live is not None:
+        raise _already_moving(org, live[0], live[3], live[4], live[5])
+    if source == destination:
+        raise InvalidInput(
+            f"source and destination are the same: it lives in {source} already",
+            organization=org.slug,
+        )
+    cordoned = connection.execute(
+        "SELECT cordoned FROM topology.cell WHERE name = %s", [destination]
+    ).fetchone()
+    if cordoned is not None and cordoned[0] is not None:
+        raise WrongState(
+            f"cell {destination} is cordoned: {cordoned[0]}",
+            organization=org.slug,
+            hint="choose another destination, or lift the cordon",
+        )
+    facts = {"plan": plan} if plan else None
+    try:
+        row = connection.execute(
+            """
+            INSERT INTO topology.migration
+                (organization, source, destination, epoch, strategy, options, facts)
+            VALUES (%s, %s, %s, %s, %s, %s, %s) RETURNING id
+            """,
+            [org.id, source, destination, epoch, strategy, document(options), document(facts)],
+        ).fetchone()
+    except errors.UniqueViolation as error:
+        raise WrongState("the organization is already moving", organization=org.slug) from error
+    if row is None:
+        raise WrongState("the migration was not recorded", organization=org.slug)
+    migration_id = int(row[0])
+    audit.write(
+        connection,
+        "created",
+        actor,
+        migration=migration_id,
+        organization=org.id,
+        to_state=State.PLANNED,
+        epoch=epoch,
+        evidence={"source": source, "destination": destination, "strategy": strategy},
+        request=request,
+    )
+    retained = connection.execute(
+        """
+        UPDATE topology.migration SET superseded_by = %s, updated_at = now()
+        WHERE organization = %s AND state IN ('retained', 'cleaning') AND id <> %s RETURNING id
+        """,
+        [migration_id, org.id, migration_id],
+    ).fetchall()
+    for (earlier,) in retained:
+        audit.write(
+            connection,
+            "superseded",
+            actor,
+            migration=earlier,
+            organization=org.id,
+            epoch=epoch,
+            reason=f"migration {migration_id} to {destination} takes over its retention",
+        )
+    return migration_id
+
+
+def _load(
+    connection: psycopg.Connection[Any], migration_id: int, locked: bool = False
+) -> Migration:
+    with connection.cursor(row_factory=dict_row) as cursor:
+        cursor.execute(_BY_ID_LOCKED if locked else _BY_ID, [migration_id])
+        row = cursor.fetchone()
+    if row is None:
+        raise _no_migration(migration_id)
+    return _migration(row)
+
+
+def _locked(connection: psycopg.Connection[Any], migration_id: int, attempt: int) -> Migration:
+    """Load the migration, locked to the end of the transaction, and check the lease."""
+    current = _load(connection, migration_id, locked=True)
+    if current.attempt != attempt:
+        raise _lease_lost(migration_id, attempt, current.attempt, None, current.organization.slug)
+    return current
+
+
+def _merge_facts(
+    connection: psycopg.Connection[Any], current: Migration, facts: Mapping[str, Any] | None
+) -> Migration:
+    if not facts:
+        return current
+    connection.execute(
+        """
+        UPDATE topology.migration SET facts = facts || %s, updated_at = now() WHERE id = %s
+        """,
+        [document(facts), current.id],
+    )
+    return _load(connection, current.id)
+
+
+def _note(
+    connection: psycopg.Connection[Any],
+    action: str,
+    migration: Migration,
+    actor: Actor,
+    reason: str | None,
+) -> None:
+    audit.write(
+        connection,
+        action,
+        actor,
+        migration=migration.id,
+        organization=migration.organization.id,
+        epoch=migration.epoch,
+        attempt=migration.attempt,
+        reason=reason,
+    )
+
+
+def _migration(row: Mapping[str, Any]) -> Migration:
+    values = dict(row)
+    values["organization"] = Organization(values["organization"], values.pop("slug"))
+    values["state"] = State(values["state"])
+    values["strategy"] = Strategy(values["strategy"])
+    return Migration(**values)
+
+
+def _no_migration(migration_id: int) -> InvalidInput:
+    return InvalidInput(f"there is no migration {migration_id}")
+
+
+def _already_moving(
+    org: Organization, migration_id: int, source: str, destination: str, state: str
+) -> WrongState:
+    return WrongState(
+        f"the organization is already moving: migration {migration_id} "
+        f"({source} -> {destination}) is {state}",
+        organization=org.slug,
+        hint="wait for it, or abort it",
+    )
+
+
+def _lease_lost(
+    migration_id: int, attempt: int, newest: int, holder: str | None, organization: str
+) -> LeaseLost:
+    return LeaseLost(
+        f"attempt {attempt} of migration {migration_id} was superseded by attempt {newest}"
+        + (f" ({holder})" if holder else ""),
+        organization=organization,
+        hint="nothing to do: the newer attempt goes on",
+    )
+
+
+def _by(name: str | None) -> str:
+    return f" by {name}" if name else ""

@@ -1,0 +1,108 @@
+"""The registry of what migrations make in cells, so that nothing is left behind (invariant 9)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import psycopg
+
+from cellferry.model import Resource, State
+from cellferry.topology.connection import Database
+
+
+@dataclass(frozen=True, slots=True)
+class RegisteredResource:
+    """Something that a migration made, or was about to make, and has not removed."""
+
+    resource: Resource
+    migration: int
+    organization: str
+    state: State
+    """Of its migration; a reaper removes what no live or retained migration owns."""
+    intended_at: datetime
+
+
+class MigrationResources:
+    """`cellferry.model.Resources` of one migration."""
+
+    def __init__(self, database: Database, migration_id: int) -> None:
+        self._database = database
+        self._migration_id = migration_id
+
+    def intend(self, resource: Resource) -> None:
+        """Record `resource` durably *before* it is made; repeating is harmless."""
+
+        def work(connection: psycopg.Connection[Any]) -> None:
+            connection.execute(
+                """
+                INSERT INTO topology.resource (migration, cell, store, kind, name)
+                VALUES (%s, %s, %s, %s, %s)
+                ON CONFLICT (migration, cell, store, kind, name)
+                DO UPDATE SET intended_at = now(), forgotten_at = NULL
+                WHERE resource.forgotten_at IS NOT NULL
+                """,
+                self._key(resource),
+            )
+
+        self._database.run(work)
+
+    def forget(self, resource: Resource) -> None:
+        """Record that `resource` is gone, *after* it was removed; repeating is harmless."""
+
+        def work(connection: psycopg.Connection[Any]) -> None:
+            connection.execute(
+                """
+                UPDATE topology.resource SET forgotten_at = now()
+                WHERE (migration, cell, store, kind, name) = (%s, %s, %s, %s, %s)
+                  AND forgotten_at IS NULL
+                """,
+                self._key(resource),
+            )
+
+        self._database.run(work)
+
+    def _key(self, resource: Resource) -> list[Any]:
+        return [self._migration_id, resource.cell, resource.store, resource.kind, resource.name]
+
+
+class Registry:
+    """The part of the topology that knows what was made where."""
+
+    _database: Database
+
+    def resources(self, migration_id: int) -> MigrationResources:
+        """Return the registry of one migration, as the stores want it."""
+        return MigrationResources(self._database, migration_id)
+
+    def live_resources(self, migration_id: int) -> list[Resource]:
+        """Return what a migration intended and has not forgotten, oldest first."""
+        return [row.resource for row in self._live(migration_id, None)]
+
+    def registered_resources(self, cell: str | None = None) -> list[RegisteredResource]:
+        """Return what all migrations intended and have not forgotten, with whose it is."""
+        return self._live(None, cell)
+
+    def _live(self, migration_id: int | None, cell: str | None) -> list[RegisteredResource]:
+        def work(connection: psycopg.Connection[Any]) -> list[RegisteredResource]:
+            rows = connection.execute(
+                """
+                SELECT r.cell, r.store, r.kind, r.name, m.id, m.organization, m.state,
+                       r.intended_at
+                FROM topology.resource AS r JOIN topology.migration AS m ON m.id = r.migration
+                WHERE r.forgotten_at IS NULL
+                  AND (%(migration)s::bigint IS NULL OR r.migration = %(migration)s)
+                  AND (%(cell)s::text IS NULL OR r.cell = %(cell)s)
+                ORDER BY r.intended_at, r.cell, r.store, r.kind, r.name
+                """,
+                {"migration": migration_id, "cell": cell},
+            )
+            return [
+                RegisteredResource(
+                    Resource(place, store, kind, name), migration, organization, State(state), at
+                )
+                for place, store, kind, name, migration, organization, state, at in rows
+            ]
+
+        return self._database.run(work)
