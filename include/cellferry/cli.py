@@ -332,15 +332,14 @@ def prepare_cell(config: Path | None, cell: str, remove: bool, as_json: bool) ->
 def show_map(config: Path | None, cell: str, write: Path | None) -> None:
     """Show how each table of a cell is placed: owned, referenced, global or cell-local."""
     from cellferry import settings
-    from cellferry.migration.map import discover_map, render_map
+    from cellferry.migration.map import discover_map
+    from cellferry.stores.postgres.map_review import print_map, render_for_review
 
     loaded = settings.load(config or settings.default_path())
     found = discover_map(loaded, settings.from_environment(), cell)
     if write is None:
-        render_map(found)
+        print_map(found)
     else:
-        from cellferry.stores.postgres.data_map import render_for_review
-
         write.write_text(render_for_review(found), encoding="utf-8")
         click.echo(f"written: {write}")
     if any(refusal.fatal for refusal in found.refusals):

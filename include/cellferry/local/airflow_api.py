@@ -155,7 +155,7 @@ class AirflowApi:
     def clear(
         self, dag_id: str, run_id: str, tasks: Sequence[tuple[str, int]], *, downstream: bool = True
     ) -> int:
-        """Clear mapped task instances (`(task id, map index)`) and what follows; return how many."""
+        """Clear mapped instances (`(task id, map index)`) and what follows; return how many."""
         answer = self._send(
             "POST",
             f"/api/v2/dags/{dag_id}/clearTaskInstances",

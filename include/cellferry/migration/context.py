@@ -153,18 +153,16 @@ class StepProgress(Progress):
     ) -> None:
         self._context = context
         self._organization = organization
-        self._migration = migration
-        self._attempt = attempt
         self._stoppable = stoppable
-        self._writer = context.topology.progress_sink(migration) if migration else None
+        self._sink = context.topology.progress_sink(migration, attempt) if migration else None
         self._checked = time.monotonic()
 
     def report(
         self, store: str, phase: str, done: int, total: int | None, unit: str, note: str = ""
     ) -> None:
         """Pass a report on."""
-        if self._writer is not None:
-            self._writer.report(store, phase, done, total, unit, note)
+        if self._sink is not None:
+            self._sink.report(store, phase, done, total, unit, note)
         if self._context.listener is not None:
             self._context.listener(
                 ProgressEvent(self._organization, store, phase, done, total, unit, note)
@@ -172,13 +170,15 @@ class StepProgress(Progress):
 
     def check(self) -> None:
         """Raise when this attempt must stop: taken over, paused or halted."""
-        if self._migration and time.monotonic() - self._checked >= self.CHECK_EVERY_S:
+        if time.monotonic() - self._checked >= self.CHECK_EVERY_S:
             self.check_now()
 
     def check_now(self) -> None:
         """Ask the topology at once. A step that a pause cannot stop hears only of a take-over."""
+        if self._sink is None:
+            return
         try:
-            self._context.topology.check_lease(self._migration, self._attempt)
+            self._sink.check()
         except Stopped:
             if self._stoppable:
                 raise

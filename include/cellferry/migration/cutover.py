@@ -290,8 +290,8 @@ def _signals_wait() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for held_number, handler in before.items():
+            signal.signal(held_number, handler)
         for number, _frame in arrived[:1]:
             signal.raise_signal(number)
 

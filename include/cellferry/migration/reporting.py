@@ -81,7 +81,7 @@ def render_status(found: Status, console: Console | None = None) -> None:
                 f"{row.done:,}",
                 f"{row.total:,}" if row.total is not None else "",
                 row.unit,
-                f"{row.rate:,.0f}" if row.rate is not None else "",
+                f"{row.rate_per_s:,.0f}" if row.rate_per_s is not None else "",
                 f"{row.eta_s:,.0f} s" if row.eta_s is not None else "",
             )
         out.print(table)
