@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test lint fleet-up fleet-down fleet-status lock docs clean
+.PHONY: docs-check help venv demo test lint fleet-up fleet-down fleet-status lock docs clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -38,3 +38,9 @@ test: venv ## every test, on real servers
 
 demo: venv ## from nothing to the report
 	@$(BIN)/python -m cellferry.local.demo
+
+docs: venv ## write the DAG reference from the DAGs
+	@$(BIN)/python -m cellferry.orchestration.dag_reference
+
+docs-check: venv ## fail when the DAG reference differs from the DAGs
+	@$(BIN)/python -m cellferry.orchestration.dag_reference --check

@@ -10,8 +10,8 @@ table, and fails when an organization failed.
 how long the write pause, and what blocks it, and changes nothing.
 
 **When not to run it.** While a deployment changes the application's schema; towards a cell that
-`prepare_cell` has not prepared; towards a cell in another region than the organization's contract
-allows. `plan` refuses the first two.
+`prepare_cell` has not prepared (`plan` refuses that); towards a cell in another region than the
+organization's contract allows (nobody checks that yet).
 
 **Input.** Required: `organizations` (ids or slugs), `destination` (a cell). To move, set
 `dry_run` to false. Example:

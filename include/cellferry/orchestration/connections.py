@@ -116,4 +116,3 @@ def url_of(connection: Connection) -> str:
 
 def _text(value: str | float | bool) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-

@@ -214,9 +214,7 @@ def prepare_cell_params() -> dict[str, Param]:
             description="Cells of cells.yaml, one a line: `cell-2`.",
             section=_WHAT,
         ),
-        "dry_run": _dry_run(
-            "On: only say what each cell lacks. Switch it off to install it."
-        ),
+        "dry_run": _dry_run("On: only say what each cell lacks. Switch it off to install it."),
     }
 
 

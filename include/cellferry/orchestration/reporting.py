@@ -63,7 +63,7 @@ def plan_row(slug: str, plan: Mapping[str, Any] | None) -> dict[str, str]:
     blockers: Sequence[Any] = plan.get("blockers", ())
     return {
         "organization": slug,
-        "outcome": f"{len(blockers)} blockers" if blockers else "can move",
+        "outcome": f"blocked: {', '.join(dict.fromkeys(blockers))}" if blockers else "can move",
         "from → to": f"{plan['source']} → {plan['destination']}",
         "rows": _count(totals, "rows"),
         "keys": _count(totals, "keys"),

@@ -175,9 +175,7 @@ def _lanes(airflow: Any, organizations: Sequence[Mapping[str, Any]], steps: Sequ
         lane = reporting.lane(index, one["slug"], GROUP, steps, states)
         if lane.failed_step is not None:
             failure = (
-                ti.xcom_pull(
-                    task_ids=f"{GROUP}.{lane.failed_step}", key=FAILURE, map_indexes=index
-                )
+                ti.xcom_pull(task_ids=f"{GROUP}.{lane.failed_step}", key=FAILURE, map_indexes=index)
                 or {}
             )
             lane = replace(

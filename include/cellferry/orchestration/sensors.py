@@ -78,5 +78,5 @@ class TtlSensor(BaseSensorOperator):
             method_name="execute_complete",
         )
 
-    def execute_complete(self, context: Context, event: Any = None) -> None:  # noqa: ARG002
+    def execute_complete(self, context: Context, event: Any = None) -> None:
         """End; the trigger does that itself, unless it is told otherwise."""

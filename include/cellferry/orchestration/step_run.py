@@ -49,9 +49,7 @@ def step_context() -> Iterator[Context]:
         ):
             yield context
     except CellferryError as error:
-        leave_reason(
-            airflow, connections.hide(error.message), connections.hide(error.hint or "")
-        )
+        leave_reason(airflow, connections.hide(error.message), connections.hide(error.hint or ""))
         raise
     except Exception as error:
         leave_reason(airflow, connections.hide(f"{type(error).__name__}: {error}"))

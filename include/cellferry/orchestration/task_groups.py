@@ -44,7 +44,6 @@ def _step(name: str, **more: Any) -> dict[str, Any]:
     return {
         "task_id": name,
         "map_index_template": _NAMES_A_TASK,
-        "multiple_outputs": False,
         "priority_weight": _PRIORITY[name],
         "weight_rule": "absolute",
         **PATIENT,
@@ -52,7 +51,7 @@ def _step(name: str, **more: Any) -> dict[str, Any]:
     }
 
 
-@task(**_step("plan", max_active_tis_per_dag=COPIES_AT_ONCE))
+@task(multiple_outputs=False, **_step("plan", max_active_tis_per_dag=COPIES_AT_ONCE))
 def plan(*, organization: Mapping[str, str]) -> dict[str, Any]:
     """Look at everything and change nothing; unless it is a dry run, record the migration.
 
@@ -107,7 +106,7 @@ def _plan_for_people(plan: Mapping[str, Any]) -> dict[str, Any]:
     return {**kept, "blockers": blockers}
 
 
-@task(**_step("copy", max_active_tis_per_dag=COPIES_AT_ONCE))
+@task(multiple_outputs=False, **_step("copy", max_active_tis_per_dag=COPIES_AT_ONCE))
 def copy(*, organization: Mapping[str, str], before: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG001 - names the lane
     """Copy everything while the organization writes; a killed copy goes on from its checkpoint.
 
@@ -123,7 +122,7 @@ def copy(*, organization: Mapping[str, str], before: Mapping[str, Any]) -> dict[
         return brief(steps.copy(ferry, before["migration"]))
 
 
-@task(**_step("sync"))
+@task(multiple_outputs=False, **_step("sync"))
 def sync(*, organization: Mapping[str, str], before: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG001
     """Repeat rounds over what changed since, until a round is small."""
     from cellferry.migration import steps
@@ -132,7 +131,7 @@ def sync(*, organization: Mapping[str, str], before: Mapping[str, Any]) -> dict[
         return brief(steps.sync(ferry, before["migration"]))
 
 
-@task(**_step("verify", max_active_tis_per_dag=COPIES_AT_ONCE))
+@task(multiple_outputs=False, **_step("verify", max_active_tis_per_dag=COPIES_AT_ONCE))
 def verify(*, organization: Mapping[str, str], before: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG001
     """Compare every row and key; a difference halts the migration."""
     from cellferry.migration import steps
@@ -141,7 +140,7 @@ def verify(*, organization: Mapping[str, str], before: Mapping[str, Any]) -> dic
         return brief(steps.verify(ferry, before["migration"]))
 
 
-@task(**_step("cutover", max_active_tis_per_dag=CUTOVERS_AT_ONCE, **PROMPT))
+@task(multiple_outputs=False, **_step("cutover", max_active_tis_per_dag=CUTOVERS_AT_ONCE, **PROMPT))
 def cutover(*, organization: Mapping[str, str], before: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG001
     """Move the authority behind one barrier; its writers wait for the write pause."""
     from cellferry.migration import steps
@@ -150,7 +149,7 @@ def cutover(*, organization: Mapping[str, str], before: Mapping[str, Any]) -> di
         return brief(steps.cutover(ferry, before["migration"]))
 
 
-@task(**_step("soak"))
+@task(multiple_outputs=False, **_step("soak"))
 def soak(*, organization: Mapping[str, str], before: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG001
     """Watch the organization at its new cell, and replay its writes to the old one."""
     from cellferry.migration import steps
@@ -159,7 +158,7 @@ def soak(*, organization: Mapping[str, str], before: Mapping[str, Any]) -> dict[
         return brief(steps.soak(ferry, before["migration"]))
 
 
-@task(**_step("cleanup", max_active_tis_per_dag=CLEAN_UPS_AT_ONCE))
+@task(multiple_outputs=False, **_step("cleanup", max_active_tis_per_dag=CLEAN_UPS_AT_ONCE))
 def cleanup(*, organization: Mapping[str, str], before: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG001
     """Delete the old copy in paced batches, and everything that the migration made."""
     from cellferry.migration import steps
@@ -175,13 +174,11 @@ def wait_and_clean_up(organization: Any, before: Any, *, in_run: bool) -> Any:
         organization: id and slug; `before`: has the migration's number.
         in_run: True where a long TTL is left to a clean-up run.
     """
-    arguments = _step("wait_for_ttl")
-    del arguments["multiple_outputs"]  # only functions have outputs
     waited = TtlSensor(
         organization=organization,
         before=before,
         in_run=in_run,
-        **{**arguments, "map_index_template": _NAMES_A_SENSOR},
+        **{**_step("wait_for_ttl"), "map_index_template": _NAMES_A_SENSOR},
     )
     cleaned = cleanup(organization=organization, before=before)
     waited >> cleaned
@@ -191,12 +188,12 @@ def wait_and_clean_up(organization: Any, before: Any, *, in_run: bool) -> Any:
 @task_group(group_id=GROUP, tooltip="One organization's move")
 def move_organization(organization: Any) -> None:
     """One organization's lane through a move."""
-    planned = plan(organization=organization)
-    copied = copy(organization=organization, before=planned)
-    synced = sync(organization=organization, before=copied)
-    verified = verify(organization=organization, before=synced)
-    cut_over = cutover(organization=organization, before=verified)
-    soaked = soak(organization=organization, before=cut_over)
+    planned: Any = plan(organization=organization)
+    copied: Any = copy(organization=organization, before=planned)
+    synced: Any = sync(organization=organization, before=copied)
+    verified: Any = verify(organization=organization, before=synced)
+    cut_over: Any = cutover(organization=organization, before=verified)
+    soaked: Any = soak(organization=organization, before=cut_over)
     wait_and_clean_up(organization, soaked, in_run=True)
 
 

@@ -15,7 +15,7 @@ from cellferry.orchestration.params import ORGANIZATIONS_PER_RUN, MoveRequest
 
 if TYPE_CHECKING:
     from cellferry.migration import Context
-    from cellferry.model import Organization
+    from cellferry.model import Migration, Organization
 
 #: How a clean-up run's task answers for a migration that needs none any more.
 _OVER = frozenset({State.COMPLETED, State.ROLLED_BACK})
@@ -82,7 +82,8 @@ def started_by(
     context: Context, organization: Organization, destination: str, dag_run: str
 ) -> int | None:
     """Return the migration of `organization` to `destination` that `dag_run` works on, if any."""
-    for migration in reversed(context.topology.migrations(org=organization.id)):
+    migrations: Sequence[Migration] = context.topology.migrations(org=organization.id)
+    for migration in reversed(migrations):
         if migration.destination != destination or migration.state in (
             State.ABORTED,
             State.ROLLED_BACK,

@@ -1,0 +1,100 @@
+"""The report says which organization failed, why, and what to do."""
+
+from __future__ import annotations
+
+from cellferry.orchestration.reporting import Lane, complaint, lane, plan_row, size, table
+
+STEPS = ("plan", "copy", "sync")
+
+
+def states(index: int, *values: str | None) -> dict[str, str | None]:
+    return {
+        f"organization.{step}_{index}": value for step, value in zip(STEPS, values, strict=True)
+    }
+
+
+def test_skipped_tasks_are_no_failure() -> None:
+    found = lane(0, "acme", "organization", STEPS, states(0, "success", "skipped", "skipped"))
+    assert found.ok
+
+
+def test_the_first_failed_step_is_named() -> None:
+    found = lane(
+        1, "acme", "organization", STEPS, states(1, "success", "failed", "upstream_failed")
+    )
+    assert (found.failed_step, found.ok) == ("copy", False)
+
+
+def test_a_task_that_never_started_is_a_failure() -> None:
+    found = lane(1, "acme", "organization", STEPS, states(1, "success", "success", None))
+    assert found.failed_step == "sync"
+
+
+def test_lanes_are_not_mixed_up() -> None:
+    found = lane(
+        1,
+        "acme",
+        "organization",
+        STEPS,
+        states(11, "failed", "failed", "failed") | states(1, "success", "success", "success"),
+    )
+    assert found.ok
+
+
+def test_no_complaint_when_all_went_well() -> None:
+    assert complaint([Lane(0, "acme", None)], "organization") is None
+
+
+def test_the_complaint_says_which_why_and_what_to_do() -> None:
+    text = complaint(
+        [
+            Lane(0, "acme", None),
+            Lane(1, "globex", "cutover", "failed", "a transaction is open", "end it"),
+        ],
+        "organization",
+    )
+    assert text is not None
+    assert "1 of 2 organizations failed" in text
+    assert "globex at cutover: a transaction is open" in text
+    assert "Remedy: end it" in text
+    assert "clear organization.cutover with map index 1" in text
+    assert "acme" not in text
+
+
+def test_a_killed_task_without_a_message_is_still_explained() -> None:
+    text = complaint([Lane(0, "acme", "copy", "failed")], "organization")
+    assert text is not None
+    assert "left no message; see its log" in text
+
+
+def test_table_aligns_and_leaves_empty_columns_out() -> None:
+    assert table(
+        [
+            {"organization": "acme", "rows": "1,234", "deleted": ""},
+            {"organization": "hooli-inc", "rows": "5", "deleted": ""},
+        ]
+    ).splitlines() == [
+        "organization   rows",
+        "------------  -----",
+        "acme          1,234",
+        "hooli-inc         5",
+    ]
+
+
+def test_a_blocked_plan_shows_its_blockers() -> None:
+    plan = {
+        "source": "cell-1",
+        "destination": "cell-2",
+        "strategy": "online",
+        "copy_s": 4.0,
+        "pause_s": 0.04,
+        "totals": {"postgres": {"count": 1200, "unit": "rows", "bytes": 5_000_000}},
+        "blockers": ["schema-differs"],
+    }
+    row = plan_row("acme", plan)
+    assert row["outcome"] == "blocked: schema-differs"
+    assert (row["rows"], row["bytes"], row["pause"]) == ("1,200", "5.0 MB", "about 40 ms")
+
+
+def test_sizes() -> None:
+    assert [size(n) for n in (0, 999, 4_000_000, 10**13)] == ["0 B", "999 B", "4.0 MB", "10.0 TB"]

@@ -1,0 +1,90 @@
+"""What the DAGs promise to operators by their shape."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from cellferry.orchestration.retry_policy import RETRY_POLICY
+
+LANE = ["plan", "copy", "sync", "verify", "cutover", "soak", "wait_for_ttl", "cleanup"]
+GROUPED = [("migrate_organizations", step) for step in LANE] + [
+    ("clean_up_organizations", step) for step in ("wait_for_ttl", "cleanup")
+]
+DAGS = ["clean_up_organizations", "migrate_organizations", "prepare_cell", "reverse_rounds"]
+
+
+def test_a_lane_is_a_chain_in_order(bag: Any) -> None:
+    dag = bag.dags["migrate_organizations"]
+    for before, after in pairwise(LANE):
+        assert f"organization.{before}" in dag.get_task(f"organization.{after}").upstream_task_ids
+
+
+@pytest.mark.parametrize(("dag_id", "step"), GROUPED)
+def test_every_task_of_a_lane_shows_its_organization(bag: Any, dag_id: str, step: str) -> None:
+    task = bag.dags[dag_id].get_task(f"organization.{step}")
+    assert task.get_closest_mapped_task_group() is not None
+    assert "['slug']" in task.map_index_template
+
+
+@pytest.mark.parametrize(("dag_id", "leaf"), [
+    ("migrate_organizations", "report"),
+    ("clean_up_organizations", "report_clean_up"),
+    ("prepare_cell", "report_cells"),
+])  # fmt: skip
+def test_the_only_leaf_reports_whatever_happened(bag: Any, dag_id: str, leaf: str) -> None:
+    dag = bag.dags[dag_id]
+    assert [task.task_id for task in dag.leaves] == [leaf]
+    assert dag.get_task(leaf).trigger_rule == "all_done"
+
+
+@pytest.mark.parametrize("dag_id", DAGS)
+def test_permanent_errors_are_not_retried_anywhere(bag: Any, dag_id: str) -> None:
+    for task in bag.dags[dag_id].tasks:
+        assert task.retry_policy is RETRY_POLICY, task.task_id
+
+
+@pytest.mark.parametrize(("dag_id", "step"), GROUPED)
+def test_a_lane_survives_an_outage_of_minutes(bag: Any, dag_id: str, step: str) -> None:
+    task = bag.dags[dag_id].get_task(f"organization.{step}")
+    waits = [
+        min(task.retry_delay.total_seconds() * 2**n, task.max_retry_delay.total_seconds())
+        for n in range(task.retries)
+    ]
+    assert sum(waits) >= 180
+
+
+def test_a_killed_cutover_is_tried_again_within_seconds(bag: Any) -> None:
+    task = bag.dags["migrate_organizations"].get_task("organization.cutover")
+    assert task.retry_delay.total_seconds() <= 2
+
+
+@pytest.mark.parametrize("dag_id", ["migrate_organizations", "prepare_cell"])
+def test_dry_run_is_the_default(bag: Any, dag_id: str) -> None:
+    assert bag.dags[dag_id].params["dry_run"] is True
+
+
+@pytest.mark.parametrize("dag_id", DAGS)
+def test_dags_start_unpaused(bag: Any, dag_id: str) -> None:
+    # a paused clean_up_organizations would keep every old copy for ever
+    assert bag.dags[dag_id].is_paused_upon_creation is False
+
+
+@pytest.mark.parametrize("dag_id", DAGS)
+@pytest.mark.parametrize(
+    "heading", ["**What it does.**", "**When not to run it.**", "**Input.**", "**How it resumes.**"]
+)
+def test_the_docstring_is_the_documentation(bag: Any, dag_id: str, heading: str) -> None:
+    assert heading in bag.dags[dag_id].doc_md
+
+
+def test_reverse_rounds_never_overlap_or_catch_up(bag: Any) -> None:
+    dag = bag.dags["reverse_rounds"]
+    assert (dag.max_active_runs, dag.catchup) == (1, False)
+
+
+def test_a_step_returns_one_xcom_of_ids_and_counts(bag: Any) -> None:
+    for task in bag.dags["migrate_organizations"].tasks:
+        assert not getattr(task, "multiple_outputs", False), task.task_id
