@@ -63,15 +63,16 @@ class ProcessIdentity:
         """Whether it still runs."""
         return self.process() is not None
 
-    def group(self) -> list[psutil.Process]:
-        """Living members of the process group it leads or led.
+    def session(self) -> list[psutil.Process]:
+        """Living members of the session it leads or led: all its descendants that stayed in it.
 
-        The kernel does not give a pid to a new process while a group of that number has
-        members, so the group is ours unless its number is in new hands.
+        Airflow gives each task a process group of its own, but the session stays. The kernel
+        does not give a pid to a new process while a session of that number has members, so the
+        session is ours unless its number is in new hands.
         """
         if self.boot != boot_id() or (psutil.pid_exists(self.pid) and not self._holds_its_pid):
             return []
-        return [process for process in _living() if _group_of(process) == self.pid]
+        return [process for process in _living() if _session_of(process) == self.pid]
 
     @property
     def _holds_its_pid(self) -> bool:
@@ -93,16 +94,6 @@ def processes_in(directory: Path) -> list[psutil.Process]:
         with contextlib.suppress(psutil.Error, OSError):
             where = Path(process.cwd())
             if where == place or place in where.parents:
-                found.append(process)
-    return found
-
-
-def processes_with(variable: str, value: str) -> list[psutil.Process]:
-    """Living processes that were started with `variable=value` in their environment."""
-    found = []
-    for process in _living():
-        with contextlib.suppress(psutil.Error, OSError):
-            if process.environ().get(variable) == value:
                 found.append(process)
     return found
 
@@ -157,8 +148,8 @@ def _living() -> list[psutil.Process]:
     return [process for process in psutil.process_iter() if _lives(process)]
 
 
-def _group_of(process: psutil.Process) -> int | None:
+def _session_of(process: psutil.Process) -> int | None:
     try:
-        return os.getpgid(process.pid)
+        return os.getsid(process.pid)
     except ProcessLookupError:
         return None

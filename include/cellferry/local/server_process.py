@@ -27,7 +27,7 @@ class ServerFailed(CellferryError):
 
 
 class ServerProcess:
-    """A program in a process group of its own, with its output in a file.
+    """A program in a session and process group of its own, with its output in a file.
 
     Args:
         name: what messages call it.
@@ -114,14 +114,14 @@ class ServerProcess:
         self.kill()
 
     def kill(self) -> None:
-        """SIGKILL it, its process group and its descendants, and wait until they are gone."""
+        """SIGKILL it, its session and its descendants, and wait until they are gone."""
         if self._popen is None:
             return
         family: list[psutil.Process] = []
         if self._popen.poll() is None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 family = psutil.Process(self._popen.pid).children(recursive=True)
-        members = self.identity.group() if self.identity else []
+        members = self.identity.session() if self.identity else []
         if self._popen.poll() is None:
             self._popen.kill()
         process_identity.kill_all([*family, *members])
