@@ -14,7 +14,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from cellferry.errors import TransientError, VerificationFailed
+from cellferry.errors import VerificationFailed
 from cellferry.model import Move
 from cellferry.stores.postgres.conflicts import WAITING_ROOM, admit, clear_the_way, waiting_room
 from cellferry.stores.postgres.references import Needs, ReferencedRows, outward
@@ -88,17 +88,26 @@ class Applier:
             LeaseLost: another attempt took over.
             PermanentError: another organization's row stands in the way.
         """
-        for careful in (False, True):
-            try:
-                with write(self._destination, self._move):
-                    applied = self._converge(keys, complete=complete, careful=careful)
-                    if before_commit is not None:
-                        before_commit()
-                return applied
-            except (psycopg.errors.UniqueViolation, psycopg.errors.ExclusionViolation):
-                if careful:
-                    raise
-        raise AssertionError  # pragma: no cover
+        try:
+            return self._attempt(
+                keys, complete=complete, careful=False, before_commit=before_commit
+            )
+        except (psycopg.errors.UniqueViolation, psycopg.errors.ExclusionViolation):
+            return self._attempt(keys, complete=complete, careful=True, before_commit=before_commit)
+
+    def _attempt(
+        self,
+        keys: Keys,
+        *,
+        complete: bool,
+        careful: bool,
+        before_commit: Callable[[], None] | None,
+    ) -> Applied:
+        with write(self._destination, self._move):
+            applied = self._converge(keys, complete=complete, careful=careful)
+            if before_commit is not None:
+                before_commit()
+        return applied
 
     def _converge(self, keys: Keys, *, complete: bool, careful: bool) -> Applied:
         applied = Applied()
@@ -301,9 +310,9 @@ class Applier:
             parent = self._scope.data_map.by_name[foreign_key.parent]
             if parent.placement is Placement.REFERENCED:
                 needs.append((foreign_key, values))
-            elif foreign_key.declared:
+            elif foreign_key.declared and foreign_key.trusted:
                 raise VerificationFailed(
-                    f"{table.name} refers to {parent.name} row {', '.join(sorted(values)[0])},"
+                    f"{table.name} refers to {parent.name} row {', '.join(min(values))},"
                     f" which the destination lacks ({parent.placement})",
                     hint=f"make {parent.name} equal in both cells, or declare it as referenced in"
                     " the data map",
@@ -351,12 +360,23 @@ class Applier:
 
 
 def dangling(
-    number: int, table: Table, foreign_key: ForeignKey, body: sql.Composable
+    number: int,
+    table: Table,
+    foreign_key: ForeignKey,
+    join: sql.Composable,
+    *,
+    condition: sql.Composable | None = None,
+    select: sql.Composable | None = None,
 ) -> sql.Composed:
-    """Return a SELECT of `number` and the values of a foreign key that lead to no row.
+    """Return a SELECT of the rows `t` of `table` whose foreign key leads to no row.
 
     Args:
-        body: joins and conditions after `FROM table AS t`; may end in a WHERE clause's condition.
+        number: what the first column is: which of several such statements a row comes from.
+        table: the child.
+        foreign_key: one of its foreign keys.
+        join: what follows `FROM table AS t`, or nothing.
+        condition: which rows; by default all.
+        select: the second column; by default the values of the foreign key.
     """
     present = sql.SQL(" AND ").join(
         sql.SQL("{} IS NOT NULL").format(sql.Identifier("t", column))
@@ -366,14 +386,18 @@ def dangling(
         sql.SQL("{} = {}").format(sql.Identifier("p", theirs), sql.Identifier("t", ours))
         for ours, theirs in zip(foreign_key.columns, foreign_key.parent_columns, strict=True)
     )
+    values = sql.SQL("ARRAY[{}]").format(
+        sql.SQL(", ").join(key_text(table.column(column), "t") for column in foreign_key.columns)
+    )
     return sql.SQL(
-        "SELECT DISTINCT {}, ARRAY[{}] FROM {} AS t {} WHERE {}"
+        "SELECT DISTINCT {}, {} FROM {} AS t {} WHERE {} AND {}"
         " AND NOT EXISTS (SELECT 1 FROM {} AS p WHERE {})"
     ).format(
         sql.Literal(number),
-        sql.SQL(", ").join(key_text(table.column(column), "t") for column in foreign_key.columns),
+        values if select is None else select,
         table.name.identifier,
-        body,
+        join,
+        sql.SQL("true") if condition is None else condition,
         present,
         foreign_key.parent.identifier,
         tie,

@@ -152,8 +152,8 @@ class Copier:
                 rows = wire.rows(stream)
                 while not mark.done:
                     mark = self._batch(table, wire, rows, mark)
-                    if not mark.done and time.monotonic() > deadline:
-                        raise _GivenUp
+                    if not mark.done:
+                        _give_up_after(deadline)
         except _GivenUp:
             return mark
         except _Conflict as conflict:
@@ -300,6 +300,11 @@ class _Conflict(Exception):
         super().__init__()
         self.mark = mark
         self.last_key = last_key
+
+
+def _give_up_after(deadline: float) -> None:
+    if time.monotonic() > deadline:
+        raise _GivenUp
 
 
 def _compared(table: Table, operator: str, key: Key) -> sql.Composed:

@@ -63,11 +63,9 @@ class ReferencedRows:
 
     def needed_by_all(self, table: Table) -> Iterator[tuple[ForeignKey, set[Key]]]:
         """Yield what all rows of the organization in `table` point at, foreign key by key."""
+        body = sql.SQL("WHERE {}").format(self._scope.owned(table))
         for foreign_key in self.foreign_keys(table):
-            yield (
-                foreign_key,
-                self._pointed_at(table, foreign_key, sql.SQL("WHERE {}").format(self._scope.owned(table))),
-            )  # fmt: skip
+            yield foreign_key, self._pointed_at(table, foreign_key, body)
 
     def needed_by(self, table: Table, keys: Collection[Key]) -> Needs:
         """Return what the rows `keys` of `table` point at; the source is read."""
@@ -199,8 +197,9 @@ class ReferencedRows:
         refused = sorted(still & at_source)
         if refused:
             raise PermanentError(
-                f"key collision: {parent.name} row {', '.join(refused[0])} cannot be copied: another"
-                f" row at the destination has one of its unique values ({len(refused)} such rows)",
+                f"key collision: {parent.name} row {', '.join(refused[0])} cannot be copied:"
+                " another row at the destination has one of its unique values"
+                f" ({len(refused)} such rows)",
                 hint="make both cells agree on this row (same key, same unique values),"
                 " then run the step again",
                 organization=self._scope.organization,
@@ -269,9 +268,15 @@ def outward(scope: Scope, table: Table) -> tuple[ForeignKey, ...]:
         foreign_key
         for foreign_key in scope.data_map.foreign_keys
         if foreign_key.child == table.name
+        and is_comparable(foreign_key)
         and foreign_key.parent in by_name
         and by_name[foreign_key.parent].placement is not Placement.OWNED
     )
+
+
+def is_comparable(foreign_key: ForeignKey) -> bool:
+    """Whether every row of the child must find its parent by equality."""
+    return not (foreign_key.optional or foreign_key.partial or foreign_key.temporal)
 
 
 def _batches(values: Sequence[Key], size: int) -> Iterator[list[Key]]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import psycopg
 from psycopg import sql
@@ -106,7 +107,7 @@ class Inlet:
         self.rows = 0
         self.bytes = 0
 
-    def __enter__(self) -> Inlet:
+    def __enter__(self) -> Self:
         self._copy = self._context.__enter__()
         if self._wire.binary:
             self._pieces.append(BINARY_HEADER)
@@ -127,7 +128,12 @@ class Inlet:
         self._pieces.clear()
         self._pending = 0
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         try:
             if kind is None:
                 if self._wire.binary:

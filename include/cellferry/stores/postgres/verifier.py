@@ -1,0 +1,347 @@
+"""Complete comparison of both sides, while writers write.
+
+Independent of the copier: rows are counted and hashed in buckets of the hash of their key's text,
+so neither an order nor a collation nor a range of keys that the copier used is trusted. Buckets
+that differ are taken apart into keys. A key that differs is excused only if the key log *of the
+same snapshot of the source* has it: a round will copy and compare it. Everything else is a
+mismatch.
+
+What hides from a comparison of an organization's rows is looked for besides: rows of a foreign-key
+path whose parents are gone belong to nobody, and the replica role checks no foreign keys.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from cellferry.model import Mismatch, Move, Progress, Verification
+from cellferry.stores.postgres.apply import dangling
+from cellferry.stores.postgres.ownership import owner_text
+from cellferry.stores.postgres.references import is_comparable
+from cellferry.stores.postgres.row_keys import key_array
+from cellferry.stores.postgres.schema import ForeignKey, Placement, Table
+from cellferry.stores.postgres.scope import (
+    Key,
+    Scope,
+    key_hash,
+    keys_join,
+    row_hash,
+    text_array,
+)
+from cellferry.stores.postgres.transactions import snapshot
+
+#: At most so many mismatches are told one by one.
+EXAMPLES = 100
+
+#: Keys of differing buckets are compared in pieces of about so many rows.
+DRILL_ROWS = 100_000
+
+BUCKETS = 1024
+
+MISSING = "missing at destination"
+EXTRA = "extra at destination"
+DIFFERS = "differs"
+ORPHAN = "orphan"
+DANGLING = "refers to a row that the destination lacks"
+
+
+@dataclass
+class _Findings:
+    compared: int = 0
+    count: int = 0
+    examples: list[Mismatch] = field(default_factory=list)
+    hashes: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, part: str, key: Key, reason: str) -> None:
+        self.count += 1
+        if len(self.examples) < EXAMPLES:
+            self.examples.append(Mismatch(part, ", ".join(key), reason))
+
+
+@dataclass(frozen=True)
+class _Digest:
+    count: int
+    hash: int
+
+
+class Verifier:
+    """Compares an organization's rows on both sides; reads only.
+
+    Args:
+        source: where the key log is; in autocommit mode.
+        destination: nobody but this attempt writes the organization's rows there; in autocommit
+            mode.
+    """
+
+    def __init__(
+        self,
+        source: psycopg.Connection[Any],
+        destination: psycopg.Connection[Any],
+        scope: Scope,
+        move: Move,
+        progress: Progress,
+    ) -> None:
+        self._source = source
+        self._destination = destination
+        self._scope = scope
+        self._move = move
+        self._progress = progress
+
+    def run(self) -> Verification:
+        """Compare every table, then look for orphans and dangling references."""
+        started = time.monotonic()
+        findings = _Findings()
+        for table in self._scope.tables:
+            self._progress.check()
+            with snapshot(self._source), snapshot(self._destination):
+                dirty = self._dirty(table)
+                self._compare(table, dirty, findings)
+                self._orphans(table, dirty, findings)
+                self._references(table, dirty, findings)
+            self._progress.report(
+                "postgres", "verify", findings.compared, None, "rows", str(table.name)
+            )
+        for table in self._scope.data_map.referenced:
+            with snapshot(self._source), snapshot(self._destination):
+                self._imported(table, findings)
+        return Verification(
+            store="postgres",
+            compared=findings.compared,
+            mismatch_count=findings.count,
+            mismatches=tuple(findings.examples),
+            hashes=findings.hashes,
+            seconds=time.monotonic() - started,
+        )
+
+    def _dirty(self, table: Table) -> set[Key]:
+        return {
+            tuple(key)
+            for (key,) in self._source.execute(
+                "SELECT DISTINCT key FROM cellferry.key_log"
+                " WHERE organization = %s AND relation = %s",
+                (self._move.organization.id, str(table.name)),
+            )
+        }
+
+    # ── rows ────────────────────────────────────────────────────────────────────────────────────
+
+    def _compare(self, table: Table, dirty: set[Key], findings: _Findings) -> None:
+        here = self._buckets(self._source, table)
+        there = self._buckets(self._destination, table)
+        total, other = _sum(here), _sum(there)
+        findings.compared += total.count
+        part = {
+            "count": total.count,
+            "source": str(total.hash),
+            "destination": str(other.hash),
+        }
+        if table.placement is not Placement.OWNED:
+            part["placement"] = table.placement.value
+        findings.hashes[str(table.name)] = part
+        excused = 0
+        differing = sorted(
+            bucket for bucket in here.keys() | there.keys() if here.get(bucket) != there.get(bucket)
+        )
+        for buckets in _pieces(differing, here, there):
+            excused += self._drill(table, buckets, dirty, findings)
+        if excused:
+            part["dirty"] = excused
+
+    def _buckets(self, connection: psycopg.Connection[Any], table: Table) -> Mapping[int, _Digest]:
+        statement = sql.SQL(
+            "SELECT {bucket}, count(*), sum({hash}) FROM {table} AS t WHERE {owned} GROUP BY 1"
+        ).format(
+            bucket=_bucket(table),
+            hash=row_hash(table),
+            table=table.name.identifier,
+            owned=self._scope.owned(table),
+        )
+        return {
+            bucket: _Digest(count, int(total))
+            for bucket, count, total in connection.execute(statement)
+        }
+
+    def _drill(self, table: Table, buckets: list[int], dirty: set[Key], findings: _Findings) -> int:
+        """Compare the keys of `buckets` one by one; return how many differ and are dirty."""
+        here = self._keys(self._source, table, buckets)
+        there = self._keys(self._destination, table, buckets)
+        excused = 0
+        for key in sorted(here.keys() | there.keys()):
+            if here.get(key) == there.get(key):
+                continue
+            if key in dirty:
+                excused += 1
+            elif key not in there:
+                findings.add(str(table.name), key, MISSING)
+            elif key not in here:
+                findings.add(str(table.name), key, EXTRA)
+            else:
+                findings.add(str(table.name), key, DIFFERS)
+        return excused
+
+    def _keys(
+        self, connection: psycopg.Connection[Any], table: Table, buckets: list[int]
+    ) -> dict[Key, tuple[int, int]]:
+        # Counted as well: where a key is not unique (no constraint there), a doubled row shows.
+        statement = sql.SQL(
+            "SELECT {key}, count(*), sum({hash}) FROM {table} AS t"
+            " WHERE {owned} AND {bucket} = ANY({buckets}::int[]) GROUP BY 1"
+        ).format(
+            key=key_array(table, "t"),
+            hash=row_hash(table),
+            table=table.name.identifier,
+            owned=self._scope.owned(table),
+            bucket=_bucket(table),
+            buckets=text_array([str(bucket) for bucket in buckets]),
+        )
+        return {
+            tuple(key): (count, int(total)) for key, count, total in connection.execute(statement)
+        }
+
+    # ── what a comparison does not see ──────────────────────────────────────────────────────────
+
+    def _orphans(self, table: Table, dirty: set[Key], findings: _Findings) -> None:
+        """Find rows at the destination whose path to an organization leads nowhere.
+
+        Only among keys between the organization's lowest and highest, which the mover wrote. With
+        the cells' own ranges of keys, others' keys are not among them.
+        """
+        if table.has_direct_owner or not any(path.hops for path in table.owners):
+            return
+        row = self._source.execute(
+            sql.SQL("SELECT {} FROM {} AS t WHERE {}").format(
+                _extremes(table), table.name.identifier, self._scope.owned(table)
+            )
+        ).fetchone()
+        if row is None or row[0] is None:
+            return
+        first = table.primary_key[0]
+        kind = sql.SQL(table.column(first).type)
+        statement = sql.SQL(
+            "SELECT {key} FROM {table} AS t"
+            " WHERE {first} BETWEEN {low}::{kind} AND {high}::{kind} AND ({owner}) IS NULL"
+        ).format(
+            key=key_array(table, "t"),
+            table=table.name.identifier,
+            first=sql.Identifier("t", first),
+            low=sql.Literal(row[0]),
+            high=sql.Literal(row[1]),
+            kind=kind,
+            owner=owner_text(table, "t"),
+        )
+        for (key,) in self._destination.execute(statement):
+            if tuple(key) not in dirty:
+                findings.add(str(table.name), tuple(key), ORPHAN)
+
+    def _references(self, table: Table, dirty: set[Key], findings: _Findings) -> None:
+        """Check every foreign key of the organization's rows at the destination."""
+        for foreign_key in self._scope.data_map.foreign_keys:
+            if foreign_key.child != table.name or not is_comparable(foreign_key):
+                continue
+            lost = self._dangling(self._destination, table, foreign_key)
+            lost = {key for key in lost if key not in dirty}
+            if lost:
+                # What leads nowhere at the source as well is not the move's fault.
+                lost -= self._dangling(self._source, table, foreign_key, lost)
+            for key in sorted(lost):
+                findings.add(str(table.name), key, f"{DANGLING} ({foreign_key.name})")
+
+    def _dangling(
+        self,
+        connection: psycopg.Connection[Any],
+        table: Table,
+        foreign_key: ForeignKey,
+        among: set[Key] | None = None,
+    ) -> set[Key]:
+        join = sql.SQL("") if among is None else keys_join(table, among)
+        statement = dangling(
+            0,
+            table,
+            foreign_key,
+            join,
+            condition=self._scope.owned(table),
+            select=key_array(table, "t"),
+        )
+        return {tuple(key) for _, key in connection.execute(statement)}
+
+    def _imported(self, table: Table, findings: _Findings) -> None:
+        """Compare the referenced rows that this migration brought."""
+        imported = {
+            tuple(key)
+            for (key,) in self._destination.execute(
+                "SELECT key FROM cellferry.imported_row WHERE migration = %s AND relation = %s",
+                (self._move.migration, str(table.name)),
+            )
+        }
+        if not imported:
+            return
+        dirty = self._dirty(table)
+        here, there = (
+            self._hashes(connection, table, imported)
+            for connection in (self._source, self._destination)
+        )
+        findings.compared += len(here)
+        for key in sorted(here):
+            # A row that is gone at the source stays at the destination: nobody's row is deleted.
+            if key in dirty or here[key] == there.get(key):
+                continue
+            findings.add(str(table.name), key, DIFFERS if key in there else MISSING)
+        findings.hashes[str(table.name)] = {
+            "count": len(here),
+            "source": str(sum(here.values())),
+            "destination": str(sum(there[key] for key in there if key in here)),
+            "placement": table.placement.value,
+        }
+
+    def _hashes(
+        self, connection: psycopg.Connection[Any], table: Table, keys: set[Key]
+    ) -> dict[Key, int]:
+        statement = sql.SQL("SELECT {}, {} FROM {} AS t {}").format(
+            key_array(table, "t"),
+            row_hash(table),
+            table.name.identifier,
+            keys_join(table, keys),
+        )
+        return {tuple(key): int(value) for key, value in connection.execute(statement)}
+
+
+def _bucket(table: Table) -> sql.Composed:
+    return sql.SQL("(({}) & {})::int").format(key_hash(table), sql.Literal(BUCKETS - 1))
+
+
+def _extremes(table: Table) -> sql.Composed:
+    first = sql.Identifier("t", table.primary_key[0])
+    if table.column(table.primary_key[0]).type in {"uuid", "boolean", "jsonb"}:
+        # No min() for these before version 18, or at all.
+        return sql.SQL("(array_agg({0} ORDER BY {0}))[1]::text,"
+                       " (array_agg({0} ORDER BY {0} DESC))[1]::text").format(first)  # fmt: skip
+    return sql.SQL("min({0})::text, max({0})::text").format(first)
+
+
+def _sum(buckets: Mapping[int, _Digest]) -> _Digest:
+    return _Digest(
+        sum(digest.count for digest in buckets.values()),
+        sum(digest.hash for digest in buckets.values()),
+    )
+
+
+def _pieces(
+    buckets: list[int], here: Mapping[int, _Digest], there: Mapping[int, _Digest]
+) -> Iterator[list[int]]:
+    nothing = _Digest(0, 0)
+    piece: list[int] = []
+    rows = 0
+    for bucket in buckets:
+        piece.append(bucket)
+        rows += max(here.get(bucket, nothing).count, there.get(bucket, nothing).count)
+        if rows >= DRILL_ROWS:
+            yield piece
+            piece, rows = [], 0
+    if piece:
+        yield piece
