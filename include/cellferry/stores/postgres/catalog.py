@@ -6,8 +6,7 @@ they compare equal between cells that define the same thing.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -120,6 +119,7 @@ class CatalogType:
     """A type outside `pg_catalog`. `kind` as `pg_type.typtype`: e, d, c, r, m, b."""
 
     oid: int
+    schema: str
     name: str
     kind: str
     definition: str
@@ -276,24 +276,6 @@ def read_catalog(
         extensions=extensions,
         database=database,
     )
-
-
-def storage_fingerprint(connection: psycopg.Connection[Any], tables: Sequence[Name]) -> str:
-    """Hash of the tables' storage, partitions included (hazard 12).
-
-    It changes with TRUNCATE, with a rewrite (VACUUM FULL, CLUSTER, ALTER TABLE) and when a
-    partition is attached, detached or dropped. It means nothing in another cell.
-    """
-    with connection.cursor(row_factory=dict_row) as cursor:
-        found = cursor.execute(
-            queries("catalog.sql")["storage"],
-            {
-                "schemas": [table.schema for table in tables],
-                "names": [table.name for table in tables],
-            },
-        ).fetchall()
-    lines = "\n".join(f"{row['relation']} {row['filenode']}" for row in found)
-    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _by_relation(rows: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:

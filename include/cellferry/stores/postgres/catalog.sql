@@ -62,6 +62,7 @@ ORDER BY a.attrelid, a.attnum;
 
 -- name: types
 SELECT t.oid::bigint AS oid,
+       n.nspname::text AS schema,
        format_type(t.oid, NULL) AS name,
        t.typtype::text AS kind,
        CASE WHEN t.typtype = 'd' THEN t.typbasetype::bigint END AS base,
@@ -235,22 +236,3 @@ SELECT current_database()::text AS name,
        coalesce(d.datcollversion, '') AS collation_version
 FROM pg_database AS d
 WHERE d.datname = current_database();
-
--- name: storage
--- Changes when a relation's storage is replaced (TRUNCATE, a rewrite) or a partition comes or goes.
-SELECT format('%%s.%%s', n.nspname, c.relname) AS relation,
-       coalesce(pg_relation_filenode(c.oid), 0)::bigint AS filenode
-FROM pg_class AS c
-JOIN pg_namespace AS n ON n.oid = c.relnamespace
-WHERE c.oid IN (
-    SELECT t.relid
-    FROM unnest(%(schemas)s::text[], %(names)s::text[]) AS want (schema, name)
-    JOIN pg_namespace AS wn ON wn.nspname = want.schema
-    JOIN pg_class AS w ON w.relnamespace = wn.oid AND w.relname = want.name
-    CROSS JOIN LATERAL (
-        SELECT w.oid AS relid
-        UNION
-        SELECT p.relid FROM pg_partition_tree(w.oid) AS p
-    ) AS t
-)
-ORDER BY n.nspname COLLATE "C", c.relname COLLATE "C";

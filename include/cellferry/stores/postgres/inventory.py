@@ -1,0 +1,100 @@
+"""How much an organization has: rows and bytes of every table, on one side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psycopg
+from psycopg import sql
+from psycopg.rows import tuple_row
+
+from cellferry.model import Part
+from cellferry.stores.postgres.ownership import owned_by
+from cellferry.stores.postgres.schema import DataMap, ForeignKey, Placement, Table
+
+SAMPLE_ROWS = 1_000
+"""Rows whose size is measured; the others are assumed to be like them."""
+
+#: A row's header, its place in the page and its primary-key index entry.
+ROW_OVERHEAD_BYTES = 28
+
+
+def inventory(
+    connection: psycopg.Connection[Any], data_map: DataMap, organization: str
+) -> tuple[Part, ...]:
+    """Count the organization's rows exactly, and estimate their bytes. Changes nothing.
+
+    Referenced tables count the rows that owned rows refer to directly.
+
+    Args:
+        organization: canonical text of its key.
+
+    Returns:
+        One part for each owned and each referenced table, in map order.
+    """
+    parts: list[Part] = []
+    for table in (*data_map.owned, *data_map.referenced):
+        condition = _condition(data_map, table, organization)
+        if condition is None:
+            continue
+        with (
+            connection.transaction(),
+            connection.cursor(row_factory=tuple_row) as cursor,
+        ):
+            cursor.execute("SELECT set_config('transaction_read_only', 'on', true)")
+            counted = cursor.execute(
+                sql.SQL("SELECT count(*) FROM {} AS t WHERE {}").format(
+                    table.name.identifier, condition
+                )
+            ).fetchone()
+            count: int = counted[0] if counted else 0
+            size = _row_bytes(cursor, table, condition) if count else 0.0
+        parts.append(
+            Part(
+                name=str(table.name),
+                count=count,
+                bytes=round(count * (size + ROW_OVERHEAD_BYTES)),
+                placement=table.placement.value,
+            )
+        )
+    return tuple(parts)
+
+
+def _row_bytes(
+    cursor: psycopg.Cursor[tuple[Any, ...]], table: Table, condition: sql.Composable
+) -> float:
+    """Average size of a row, of the first that are found."""
+    found = cursor.execute(
+        sql.SQL(
+            "SELECT avg(pg_column_size(s.*))::float8"
+            " FROM (SELECT t.* FROM {} AS t WHERE {} LIMIT {}) AS s"
+        ).format(table.name.identifier, condition, sql.Literal(SAMPLE_ROWS))
+    ).fetchone()
+    return float(found[0]) if found and found[0] is not None else 0.0
+
+
+def _condition(data_map: DataMap, table: Table, organization: str) -> sql.Composable | None:
+    if table.placement is Placement.OWNED:
+        return owned_by(data_map, table, "t", organization)
+    ways = [
+        _referred(data_map, key, organization)
+        for key in data_map.foreign_keys
+        if key.parent == table.name
+        and not key.temporal
+        and data_map.by_name[key.child].placement is Placement.OWNED
+    ]
+    return sql.SQL("({})").format(sql.SQL(" OR ").join(ways)) if ways else None
+
+
+def _referred(data_map: DataMap, key: ForeignKey, organization: str) -> sql.Composed:
+    child = data_map.by_name[key.child]
+
+    def columns(names: tuple[str, ...], alias: str) -> sql.Composed:
+        return sql.SQL(", ").join(sql.Identifier(alias, name) for name in names)
+
+    return sql.SQL("({}) IN (SELECT {} FROM {} AS c WHERE {})").format(
+        columns(key.parent_columns, "t"),
+        columns(key.columns, "c"),
+        child.name.identifier,
+        owned_by(data_map, child, "c", organization),
+    )

@@ -1,0 +1,111 @@
+"""The preflight: everything that would make a move fail or do harm, found before it starts.
+
+It changes nothing: every statement runs in a read-only transaction. A check that cannot run (a
+table that may not be read, or that differs between the cells) is left out for that table only,
+and the reason is one of the blockers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import psycopg
+
+from cellferry.model import Blocker, Cell, Part, Side
+from cellferry.stores.postgres import (
+    cell_conditions,
+    collisions,
+    crossings,
+    schema_differences,
+    shared_rows,
+)
+from cellferry.stores.postgres.catalog import read_catalog
+from cellferry.stores.postgres.examination import Examination, Site
+from cellferry.stores.postgres.inventory import inventory
+from cellferry.stores.postgres.schema import DataMap
+
+__all__ = ["inventory", "preflight"]
+
+INDEX_FACTOR = 1.6
+"""What indexes and free space add to the bytes of the rows, as a rule of thumb."""
+
+
+def preflight(
+    source: psycopg.Connection[Any],
+    destination: psycopg.Connection[Any],
+    data_map: DataMap,
+    organization: str,
+    *,
+    source_cell: Cell,
+    destination_cell: Cell,
+    ignore_schemas: Collection[str] = (),
+    expect_rows: bool = False,
+    parts: Sequence[Part] | None = None,
+) -> tuple[Blocker, ...]:
+    """Find what blocks the move of `organization`. Repeatable; changes nothing.
+
+    Args:
+        source: session of the mover's role at the source, not in a transaction.
+        destination: the same at the destination.
+        data_map: discovered at the source.
+        organization: canonical text of its key.
+        source_cell: its name is used in messages, its store's options are obeyed.
+        destination_cell: the same; option `capacity_bytes` bounds its database.
+        ignore_schemas: as in the data map's file.
+        expect_rows: a live migration has copied rows already, which are no leftovers.
+        parts: the inventory, if the caller has it; it is taken here otherwise.
+
+    Returns:
+        Blockers and warnings, the fatal ones first.
+    """
+    examination = Examination(
+        source=Site(source_cell, source, read_catalog(source, ignore_schemas=ignore_schemas)),
+        destination=Site(
+            destination_cell,
+            destination,
+            read_catalog(destination, ignore_schemas=ignore_schemas),
+        ),
+        data_map=data_map,
+        organization=organization,
+    )
+    found = list(_conditions(examination))
+    unknown = list(cell_conditions.check_organization(examination))
+    found.extend(unknown)
+    if not unknown:
+        found.extend(_rows(examination, expect_rows, parts))
+    return tuple(sorted(found, key=lambda blocker: not blocker.fatal))
+
+
+def _conditions(examination: Examination) -> Iterator[Blocker]:
+    for refusal in examination.data_map.refusals:
+        if refusal.fatal:
+            yield Blocker(
+                refusal.code,
+                f"{examination.source.cell.name}/postgres {refusal.table}",
+                refusal.reason,
+                refusal.remedy,
+            )
+    yield from cell_conditions.check_cell(examination, examination.source, Side.SOURCE)
+    yield from cell_conditions.check_cell(examination, examination.destination, Side.DESTINATION)
+    yield from schema_differences.find_differences(examination)
+    yield from cell_conditions.check_sequences(examination)
+
+
+def _rows(
+    examination: Examination, expect_rows: bool, parts: Sequence[Part] | None
+) -> Iterator[Blocker]:
+    yield from crossings.find_unowned(examination)
+    yield from crossings.find_crossings(examination)
+    if not expect_rows:
+        yield from collisions.leftovers(examination)
+    yield from collisions.find_collisions(examination)
+    yield from shared_rows.compare_global(examination)
+    yield from shared_rows.compare_referenced(examination)
+    if "capacity_bytes" in examination.destination.cell.stores["postgres"].options:
+        if parts is None and not examination.unusable:
+            parts = inventory(
+                examination.source.connection, examination.data_map, examination.organization
+            )
+        incoming = sum(part.bytes for part in parts or ()) * INDEX_FACTOR
+        yield from cell_conditions.check_room(examination.destination, round(incoming))
