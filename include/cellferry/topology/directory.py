@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import select
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -385,14 +384,12 @@ def _wait_for_notification(
     while (left := deadline - time.monotonic()) > 0:
         # A second at most: the route is read again even if a notification was lost.
         wait = min(left, 1.0)
-        select.select([listener.fileno()], [], [], wait)
-        listener.pgconn.consume_input()
-        heard = False
-        while (notification := listener.pgconn.notifies()) is not None:
+        for notification in listener.notifies(timeout=wait, stop_after=1):
             try:
-                heard |= json.loads(notification.extra)["organization"] == organization_id
+                if json.loads(notification.payload)["organization"] == organization_id:
+                    return True
             except (ValueError, KeyError, TypeError):
-                heard = True
-        if heard or wait == 1.0:
+                return True
+        if wait == 1.0:
             return True
     return False

@@ -59,6 +59,7 @@ CREATE TABLE topology.route (
     changed_at    timestamptz NOT NULL DEFAULT now()
 );
 CREATE INDEX route_by_cell ON topology.route (cell);
+CREATE INDEX route_by_change ON topology.route (changed_at);  -- what clients may have missed
 
 CREATE TABLE topology.route_history (
     organization  text NOT NULL,
