@@ -1,5 +1,9 @@
 # The commands people and scripts use. `make help` lists them.
-PYTHON ?= python3.11
+
+# The first interpreter that really runs: a version manager's shim can be there and do not.
+FITS := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+PYTHON ?= $(shell for one in python3.11 python3 python3.12 python3.13 /usr/bin/python3; do \
+	if "$$one" -c '$(FITS)' >/dev/null 2>&1; then echo "$$one"; break; fi; done)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -12,8 +16,8 @@ help: ## list the commands
 venv: $(STAMP) ## install into .venv, and nothing more
 
 $(STAMP): requirements.txt pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "cellferry needs Python 3.11 ($(PYTHON) not found); set PYTHON=..."; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@"$(PYTHON)" -c '$(FITS)' || { echo "cellferry needs Python 3.11 to 3.13 with venv and pip ('$(PYTHON)' does not do); set PYTHON=..."; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep -E '^uv==' requirements.txt)"
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.txt
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
@@ -44,3 +48,16 @@ docs: venv ## write the DAG reference from the DAGs
 
 docs-check: venv ## fail when the DAG reference differs from the DAGs
 	@$(BIN)/python -m cellferry.orchestration.dag_reference --check
+
+fleet-up: venv ## start three cells, the topology and Airflow in the background
+	@$(BIN)/python -m cellferry.local.fleet_command up
+
+fleet-down: ## stop the fleet; its data stay
+	@! test -x $(BIN)/python || $(BIN)/python -m cellferry.local.fleet_command down
+
+fleet-status: venv ## show every component of the fleet, and its health
+	@$(BIN)/python -m cellferry.local.fleet_command status
+
+clean: ## stop the fleet, delete its data and the virtual environment
+	@! test -x $(BIN)/python || $(BIN)/python -m cellferry.local.fleet_command wipe
+	rm -rf $(VENV) .local

@@ -75,7 +75,7 @@ def status(found: Fleet, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([asdict(row) | {"log": str(row.log)} for row in rows], indent=1))
     elif rows:
-        Console().print(table(rows))
+        Console(width=None if sys.stdout.isatty() else 140).print(table(rows))
     else:
         click.echo("The fleet does not run.")
     if not rows or any(row.health is not Health.HEALTHY for row in rows):
