@@ -142,6 +142,9 @@ def environment(layout: FleetLayout) -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.startswith(("AIRFLOW", "CELLFERRY_", "PG", "PYTEST_"))
     }
+    if inherited.pop("PYTHONDONTWRITEBYTECODE", None):
+        # Compiling Airflow costs each process 3 s: keep the result, but not beside the sources.
+        inherited.setdefault("PYTHONPYCACHEPREFIX", str(layout.state / "pycache"))
     direct = [HOST, "localhost", *filter(None, inherited.get("NO_PROXY", "").split(","))]
     return {
         **inherited,
