@@ -38,8 +38,8 @@ from airflow.sdk import dag
 
 from cellferry.orchestration.params import migrate_organizations_params
 from cellferry.orchestration.retry_policy import BRIEF
-from cellferry.orchestration.run_starter import RunStarter
-from cellferry.orchestration.run_tasks import REST, plan_clean_up, report, validate
+from cellferry.orchestration.run_starter import CleanUpStarter, RunStarter
+from cellferry.orchestration.run_tasks import REST, report, validate
 from cellferry.orchestration.task_groups import move_organization
 
 
@@ -59,25 +59,22 @@ def migrate_organizations() -> None:
     """Wire the lanes between the check and the report."""
     organizations = validate()
     lanes = move_organization.expand(organization=organizations)
-    clean_up = plan_clean_up()
-    started = [
-        RunStarter(
-            task_id="start_next_run",
-            trigger_dag_id="migrate_organizations",
-            request=organizations[REST],
-            **BRIEF,
-        ),
-        RunStarter(
-            task_id="start_clean_up_run",
-            trigger_dag_id="clean_up_organizations",
-            request=clean_up,
-            **BRIEF,
-        ),
-    ]
+    next_run = RunStarter(
+        task_id="start_next_run",
+        trigger_dag_id="migrate_organizations",
+        request=organizations[REST],
+        **BRIEF,
+    )
+    clean_up_run = CleanUpStarter(
+        task_id="start_clean_up_run",
+        trigger_dag_id="clean_up_organizations",
+        trigger_rule="all_done",
+        **BRIEF,
+    )
     reported = report()
-    lanes >> clean_up
-    for ended in (lanes, *started):
-        ended >> reported
+    lanes >> clean_up_run >> reported
+    lanes >> reported
+    next_run >> reported
 
 
 migrate_organizations()

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOperator
 
+from cellferry.model import State
+from cellferry.orchestration.params import LONGEST_TTL_IN_RUN_S
+
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
+    from cellferry.model import Migration
+
 
 class RunStarter(TriggerDagRunOperator):
-    """Starts the one run that `request` describes; is skipped when it describes none.
+    """Starts the run that takes the rest of a long list; is skipped when nothing is left.
 
     The run's name is in the request, so that a retry starts no second one.
 
@@ -42,3 +48,46 @@ class RunStarter(TriggerDagRunOperator):
         if "run_after" in self.request:
             self.run_after = self.request["run_after"]
         super().execute(context)
+
+
+class CleanUpStarter(RunStarter):
+    """Starts the clean-up run, for the end of a TTL that is too long to wait for in this run.
+
+    Asks the topology which migrations of this run are retained; skipped when there are none.
+    """
+
+    def __init__(self, *, trigger_dag_id: str, **kwargs: Any) -> None:
+        super().__init__(trigger_dag_id=trigger_dag_id, request={}, **kwargs)
+
+    def execute(self, context: Context) -> None:
+        """Find out what is retained, and start its clean-up."""
+        from cellferry.orchestration.step_run import step_context
+        from cellferry.orchestration.validation import migrations_of
+
+        params = context["params"]
+        if not params["dry_run"] and params["ttl_s"] > LONGEST_TTL_IN_RUN_S:
+            organizations = context["ti"].xcom_pull(task_ids="validate") or []
+            with step_context() as ferry:
+                found = migrations_of(ferry, organizations, params["destination"])
+            self.request = clean_up_request([one for one in found.values() if one is not None])
+        super().execute(context)
+
+
+def clean_up_request(migrations: Sequence[Migration]) -> dict[str, Any]:
+    """Return the request for the clean-up run of those that are retained; empty for none.
+
+    Its name follows from what is in it: a retry starts it once. When an organization is repeated
+    later, the larger set gets a run of its own, which leaves out what is cleaned by then.
+    """
+    retained = {
+        one.id: one.ttl_until for one in migrations if one.state is State.RETAINED and one.ttl_until
+    }
+    if not retained:
+        return {}
+    numbers = sorted(retained)
+    digest = hashlib.sha256(repr(numbers).encode()).hexdigest()[:12]
+    return {
+        "run_id": f"clean_up__{numbers[0]}-{numbers[-1]}__{digest}",
+        "conf": {"migrations": numbers},
+        "run_after": max(retained.values()).isoformat(),
+    }

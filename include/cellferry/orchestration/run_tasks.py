@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from airflow.sdk import get_current_context, task
 
-from cellferry.orchestration.params import LONGEST_TTL_IN_RUN_S
 from cellferry.orchestration.retry_policy import BRIEF
 from cellferry.orchestration.step_run import FAILURE, step_context
 from cellferry.orchestration.task_groups import CLEAN_UP_STEPS, GROUP, MOVE_STEPS
@@ -48,43 +46,6 @@ def validate() -> list[dict[str, str]]:
     return [dict(one) for one in first]
 
 
-@task(multiple_outputs=False, trigger_rule="all_done", **BRIEF)
-def plan_clean_up() -> dict[str, Any]:
-    """Return the request for a clean-up run; empty when the TTL was waited for in this run."""
-    from cellferry.model import State
-    from cellferry.orchestration.validation import started_by
-
-    airflow = get_current_context()
-    params = airflow["params"]
-    organizations = _pull(airflow, "validate") or []
-    if params["dry_run"] or params["ttl_s"] <= LONGEST_TTL_IN_RUN_S or not organizations:
-        return {}
-    with step_context() as ferry:
-        retained = []
-        for one in organizations:
-            number = started_by(
-                ferry,
-                ferry.topology.organization(one["id"]),
-                params["destination"],
-                str(ferry.actor.dag_run),
-            )
-            if number is not None:
-                retained.append(ferry.topology.migration(number))
-    retained = [one for one in retained if one.state is State.RETAINED and one.ttl_until]
-    if not retained:
-        return {}
-    numbers = sorted(one.id for one in retained)
-    # the name follows from what is in it: a retry starts it once, a larger set starts another
-    digest = hashlib.sha256(repr(numbers).encode()).hexdigest()[:12]
-    start = max(one.ttl_until for one in retained if one.ttl_until).isoformat()
-    log.info("a clean-up run of %d migrations starts at %s", len(numbers), start)
-    return {
-        "run_id": f"clean_up__{numbers[0]}-{numbers[-1]}__{digest}",
-        "conf": {"migrations": numbers},
-        "run_after": start,
-    }
-
-
 @task(multiple_outputs=False, **BRIEF)
 def validate_clean_up() -> list[dict[str, Any]]:
     """Check the migrations before anything changes; return those that still need a clean-up."""
@@ -104,7 +65,7 @@ def validate_clean_up() -> list[dict[str, Any]]:
 def report() -> dict[str, int]:
     """Print what became of each organization, and fail when one failed, saying what to do."""
     from cellferry.orchestration import reporting
-    from cellferry.orchestration.validation import started_by
+    from cellferry.orchestration.validation import migrations_of
 
     airflow = get_current_context()
     params = airflow["params"]
@@ -119,15 +80,9 @@ def report() -> dict[str, int]:
             rows.append(reporting.plan_row(one.slug, plan))
     else:
         with step_context() as ferry:
-            for one, organization in zip(lanes, organizations, strict=True):
-                number = started_by(
-                    ferry,
-                    ferry.topology.organization(organization["id"]),
-                    params["destination"],
-                    str(ferry.actor.dag_run),
-                )
-                migration = ferry.topology.migration(number) if number is not None else None
-                rows.append(reporting.move_row(one, migration))
+            migrations = migrations_of(ferry, organizations, params["destination"])
+        for one, organization in zip(lanes, organizations, strict=True):
+            rows.append(reporting.move_row(one, migrations[organization["id"]]))
     return _say(lanes, rows)
 
 
@@ -155,10 +110,11 @@ def _organizations(airflow: Any, task_id: str) -> Sequence[Mapping[str, Any]]:
     if organizations is None:
         failure = airflow["ti"].xcom_pull(task_ids=task_id, key=FAILURE) or {}
         remedy = failure.get("remedy")
-        raise AirflowFailException(
-            f"nothing was changed: {failure.get('message', f'{task_id} failed, see its log')}"
-            + (f"\nRemedy: {remedy}" if remedy else "")
+        complaint = f"nothing was changed: {failure.get('message', f'{task_id} failed')}" + (
+            f"\nRemedy: {remedy}" if remedy else ""
         )
+        log.error("%s", complaint)
+        raise AirflowFailException(complaint)
     return organizations
 
 
@@ -196,6 +152,7 @@ def _say(lanes: Any, rows: Sequence[Mapping[str, str]]) -> dict[str, int]:
     else:
         log.info("nothing was left to do")
     if complaint := reporting.complaint(lanes, GROUP):
+        log.error("%s", complaint)
         raise AirflowFailException(complaint)
     return {"organizations": len(lanes), "failed": 0}
 

@@ -94,6 +94,18 @@ def started_by(
     return None
 
 
+def migrations_of(
+    context: Context, organizations: Sequence[Mapping[str, str]], destination: str
+) -> dict[str, Migration | None]:
+    """Return the migration that this DAG run works on, for each organization's id."""
+    found: dict[str, Migration | None] = {}
+    for one in organizations:
+        organization = context.topology.organization(one["id"])
+        number = started_by(context, organization, destination, str(context.actor.dag_run))
+        found[one["id"]] = None if number is None else context.topology.migration(number)
+    return found
+
+
 def split(
     organizations: Sequence[Mapping[str, str]], params: Mapping[str, Any], run_id: str
 ) -> tuple[list[Mapping[str, str]], dict[str, Any]]:
