@@ -22,7 +22,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -317,13 +317,9 @@ class Supervisor:
         self._say("restarted", name, f"it had ended; restart {watched.restarts}")
 
     def _stop_everything(self) -> None:
-        stages: Sequence[Callable[[str], bool]] = (
-            lambda name: name.startswith("airflow-"),
-            lambda name: name != TOPOLOGY and not name.startswith("airflow-"),
-            lambda name: name == TOPOLOGY,
-        )
-        for belongs in stages:
-            names = [name for name in self._watched if belongs(name)]
+        # Tasks that end report to the API server, so it goes after the scheduler.
+        for stage in range(4):
+            names = [name for name in self._watched if _stop_stage(name) == stage]
             if names:
                 with ThreadPoolExecutor(len(names), thread_name_prefix="stop") as pool:
                     list(pool.map(self._stop_one, names))
@@ -391,6 +387,14 @@ class Supervisor:
 
 class _Told(Exception):
     """It was told to stop while it was still starting."""
+
+
+def _stop_stage(name: str) -> int:
+    if name == API_SERVER:
+        return 1
+    if name in airflow_components.COMMANDS:
+        return 0
+    return 3 if name == TOPOLOGY else 2
 
 
 @contextlib.contextmanager
