@@ -509,7 +509,10 @@ def _fingerprint(catalog: Catalog, data_map: DataMap) -> str:
             continue
         relation = catalog.by_name[table.name]
         lines = [f"{index.definition}" for index in relation.indexes]
-        lines.extend(f"{one.name} {one.definition}" for one in relation.constraints)
+        # a key to a partitioned table has a clone for each partition, named as the server likes
+        lines.extend(
+            f"{one.name} {one.definition}" for one in relation.constraints if not one.inherited
+        )
         for column in relation.columns:
             lines.append(
                 f"{column.name} {column.type} {column.not_null} {column.generated!r}"

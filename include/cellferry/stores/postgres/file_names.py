@@ -128,6 +128,8 @@ class _Lookup:
             if text in {str(relation.name), relation.name.name}:
                 raise self.file.fault(place, f"{relation.name} is {_kind(relation)}", _KIND_REMEDY)
         known = [str(name) for name in self.relations]
+        if "." not in text:
+            known = [name.name for name in self.relations]
         raise self.file.fault(
             place, f"there is no table {text!r}{near(text, known)}", "write schema.table"
         )
@@ -181,7 +183,7 @@ class _Lookup:
                     "name referenced_columns, one for each column",
                 )
             yield ForeignKey(
-                name=f"{place} of the data map",
+                name=f"{child.name}_{'_'.join(columns)} of the data map",
                 child=child,
                 columns=columns,
                 parent=parent,

@@ -229,6 +229,8 @@ def _rules_of(relation: Relation) -> dict[tuple[str, str], str]:
     found: dict[tuple[str, str], str] = {}
     backing = set()
     for constraint in relation.constraints:
+        if constraint.inherited:
+            continue  # the clones of a key for each partition
         found[_KINDS[constraint.kind], _definition(constraint)] = constraint.name
         backing.add(constraint.index)
     for index in relation.indexes:
