@@ -19,6 +19,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from cellferry.errors import PermanentError
 from cellferry.model import Copied, Move, Progress
 from cellferry.stores.postgres import checkpoints
 from cellferry.stores.postgres.checkpoints import Checkpoint
@@ -32,6 +33,9 @@ from cellferry.stores.throttle import Throttle
 
 #: A statement at the source older than this (seconds) is given up at the next batch's end.
 STRETCH_S = 60.0
+
+#: How often (seconds) the size of the destination is looked at.
+LOOK_EVERY_S = 2.0
 
 #: Marks the checkpoint of the referenced rows of an owned table.
 REFERENCES_OF = "references of "
@@ -77,6 +81,7 @@ class Copier:
         self._references = ReferencedRows(source, destination, scope, wires, move.migration)
         self._tally = _Tally()
         self._total: int | None = None
+        self._look_again_at = 0.0
 
     def run(self) -> Copied:
         """Copy every table from its last checkpoint on, then the referenced rows. Repeatable.
@@ -165,6 +170,7 @@ class Copier:
     ) -> Checkpoint:
         """Send up to one batch of `rows` and commit it with its checkpoint."""
         self._progress.check()
+        self._check_room()
         limits = self._move.limits
         last: bytes | None = None
         done = True
@@ -198,6 +204,7 @@ class Copier:
         and an uncopied batch. They go; their keys are in the log and rounds bring them back.
         """
         self._progress.check()
+        self._check_room()
         wire = self._wires[str(table.name)]
         with write(self._destination, self._move):
             with waiting_room(self._destination, table):
@@ -246,6 +253,23 @@ class Copier:
             inlet.bytes,
             done,
         )
+
+    def _check_room(self) -> None:
+        """Stop before the destination's database passes its cell's `capacity_bytes`."""
+        endpoint = self._move.destination.stores.get("postgres")
+        capacity = endpoint.options.get("capacity_bytes") if endpoint is not None else None
+        if capacity is None or time.monotonic() < self._look_again_at:
+            return
+        self._look_again_at = time.monotonic() + LOOK_EVERY_S
+        row = self._destination.execute("SELECT pg_database_size(current_database())").fetchone()
+        if row is not None and row[0] > int(capacity):
+            raise PermanentError(
+                f"the database holds {row[0]:,} bytes, over the cell's capacity of"
+                f" {int(capacity):,}",
+                hint="move organizations out of the cell, or raise capacity_bytes after enlarging"
+                " it; then retry, it goes on from here",
+                where=f"{self._move.destination.name}/postgres",
+            )
 
     def _committed(self, table: Table, before: Checkpoint, after: Checkpoint) -> None:
         rows = after.rows - before.rows

@@ -172,11 +172,7 @@ class ReferencedRows:
         inserted: list[Key] = [tuple(key) for (key,) in rows]
         if len(inserted) < sent:
             self._insist(parent, columns, absent)
-        self._destination.cursor().executemany(
-            "INSERT INTO cellferry.imported_row (migration, relation, key) VALUES (%s, %s, %s)"
-            " ON CONFLICT DO NOTHING",
-            [(self._migration, str(parent.name), list(key)) for key in inserted],
-        )
+        self._record(parent, inserted)
         return inserted, size
 
     def _insist(self, parent: Table, columns: Sequence[str], values: Collection[Key]) -> None:
@@ -223,20 +219,19 @@ class ReferencedRows:
     def follow(self, table: Table, keys: Collection[Key]) -> set[Key]:
         """Bring those of `keys` that this migration imported up to date; return these.
 
-        A row that is gone at the source stays: nobody's row is deleted by a move.
+        A row that is gone at the source stays: nobody's row is deleted by a move. Rows that
+        belong to an imported row (a new e-mail address of such a user) come with it.
         """
         if not keys:
             return set()
-        imported = {
-            tuple(row)
-            for (row,) in self._destination.execute(
-                "SELECT key FROM cellferry.imported_row WHERE migration = %s AND relation = %s",
-                (self._migration, str(table.name)),
-            )
-        } & set(keys)
-        if not imported:
+        imported = self._imported(table)
+        if not imported and not self._holders(table):
             return set()
-        present = self.present(table, imported)
+        present = self.present(table, keys)
+        fresh = {
+            key for holder in self._holders(table) for key in self._held(table, holder, present)
+        } - imported
+        present &= imported | fresh
         if present:
             self._destination.execute(
                 sql.SQL("DELETE FROM {} AS t USING {} WHERE {}").format(
@@ -247,7 +242,62 @@ class ReferencedRows:
                 table,
                 sql.SQL("FROM {} AS t {}").format(table.name.identifier, keys_join(table, present)),
             )
+            self._record(table, fresh)
         return present
+
+    def _imported(self, table: Table) -> set[Key]:
+        return {
+            tuple(key)
+            for (key,) in self._destination.execute(
+                "SELECT key FROM cellferry.imported_row WHERE migration = %s AND relation = %s",
+                (self._migration, str(table.name)),
+            )
+        }
+
+    def _holders(self, table: Table) -> tuple[ForeignKey, ...]:
+        """Return the relations by which rows of `table` belong to other referenced rows."""
+        return tuple(
+            key
+            for key in self._scope.data_map.foreign_keys
+            if key.optional and key.parent == table.name
+        )
+
+    def _held(self, table: Table, holder: ForeignKey, keys: Collection[Key]) -> set[Key]:
+        """Return those of `keys` that belong to imported rows and are absent at the destination."""
+        if not keys:
+            return set()
+        shared = self._scope.data_map.by_name[holder.child]
+        imported = self._imported(shared)
+        if not imported:
+            return set()
+        tie = sql.SQL(" AND ").join(
+            sql.SQL("{} = {}").format(sql.Identifier("p", ours), sql.Identifier("t", theirs))
+            for ours, theirs in zip(holder.columns, holder.parent_columns, strict=True)
+        )
+        found = {
+            tuple(key)
+            for key, owner in self._source.execute(
+                sql.SQL("SELECT {}, {} FROM {} AS t {} JOIN {} AS p ON {}").format(
+                    key_array(table, "t"),
+                    key_array(shared, "p"),
+                    table.name.identifier,
+                    keys_join(table, keys),
+                    shared.name.identifier,
+                    tie,
+                )
+            )
+            if tuple(owner) in imported
+        }
+        return set(self._absent(table, table.primary_key, found)) if found else set()
+
+    def _record(self, table: Table, keys: Collection[Key]) -> None:
+        """Remember that this migration brought `keys`."""
+        if keys:
+            self._destination.cursor().executemany(
+                "INSERT INTO cellferry.imported_row (migration, relation, key)"
+                " VALUES (%s, %s, %s) ON CONFLICT DO NOTHING",
+                [(self._migration, str(table.name), list(key)) for key in keys],
+            )
 
     def present(self, table: Table, keys: Collection[Key]) -> set[Key]:
         """Return those of `keys` that the source has."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,8 +133,10 @@ class Verifier:
     # ── rows ────────────────────────────────────────────────────────────────────────────────────
 
     def _compare(self, table: Table, dirty: set[Key], findings: _Findings) -> None:
-        here = self._buckets(self._source, table)
-        there = self._buckets(self._destination, table)
+        with ThreadPoolExecutor(max_workers=1) as other_side:
+            pending = other_side.submit(self._buckets, self._destination, table)
+            here = self._buckets(self._source, table)
+            there = pending.result()
         total, other = _sum(here), _sum(there)
         findings.compared += total.count
         part = {

@@ -1,0 +1,512 @@
+"""The PostgreSQL store: wires gate, copier, rounds, verifier and cleaner to the Store interface."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import psycopg
+from psycopg import sql
+
+from cellferry.errors import Blocked, VerificationFailed, WrongState
+from cellferry.model import (
+    Blocker,
+    Cell,
+    Cleaned,
+    Copied,
+    Endpoint,
+    Finished,
+    GateState,
+    Inventory,
+    Move,
+    Progress,
+    Resource,
+    Resources,
+    Round,
+    Side,
+    Strategy,
+    Verification,
+)
+from cellferry.stores.base import Store, StoreMove
+from cellferry.stores.postgres import (
+    data_map,
+    data_map_file,
+    gate,
+    layout,
+    preflight,
+    prepare,
+    sequences,
+    sessions,
+)
+from cellferry.stores.postgres import inventory as stock
+from cellferry.stores.postgres.catalog import read_catalog
+from cellferry.stores.postgres.checkpoints import read as read_checkpoints
+from cellferry.stores.postgres.cleaner import Cleaner
+from cellferry.stores.postgres.copier import Copier
+from cellferry.stores.postgres.examination import Examination, Site
+from cellferry.stores.postgres.rounds import Rounds
+from cellferry.stores.postgres.schema import DataMap
+from cellferry.stores.postgres.schema_differences import find_differences
+from cellferry.stores.postgres.scope import Scope
+from cellferry.stores.postgres.transactions import write
+from cellferry.stores.postgres.verifier import Verifier
+from cellferry.stores.postgres.wire import Wire, wires
+
+KIND = "postgres"
+
+#: No round is bounded under the gate: it is small, or the cutover would not have started.
+UNBOUNDED = 10**9
+
+Connection = psycopg.Connection[Any]
+T = TypeVar("T")
+
+
+class PostgresStore(Store):
+    """Organizations' rows in PostgreSQL.
+
+    Args:
+        data_map_file: completes what the catalog says; None when the catalog says it all.
+    """
+
+    kind: ClassVar[str] = KIND
+
+    def __init__(self, data_map_file: Path | None = None) -> None:
+        self._file = data_map_file
+        self._maps: dict[str, DataMap] = {}
+
+    @cached_property
+    def completion(self) -> data_map_file.DataMapFile | None:
+        """The data map's file, read once."""
+        return None if self._file is None else data_map_file.load(self._file)
+
+    def discover(self, connection: Connection) -> DataMap:
+        """Read the data map from the catalog that `connection` sees."""
+        return data_map.discover(connection, self.completion)
+
+    def prepare_cell(self, cell: Cell, progress: Progress) -> Mapping[str, Any]:
+        """Install schema `cellferry`, the gates and the grants; see `Store.prepare_cell`."""
+        endpoint = _endpoint(cell)
+        with (
+            sessions.translate_errors(f"{cell.name}/{KIND}"),
+            _closing(endpoint.admin_url or endpoint.url, "prepare") as connection,
+        ):
+            found = self.discover(connection)
+            data_map.require_supported(found)
+            return prepare.prepare(connection, found, cell, progress)
+
+    def unprepare_cell(self, cell: Cell, progress: Progress) -> Mapping[str, Any]:
+        """Take everything out again; see `Store.unprepare_cell`."""
+        endpoint = _endpoint(cell)
+        with (
+            sessions.translate_errors(f"{cell.name}/{KIND}"),
+            _closing(endpoint.admin_url or endpoint.url, "unprepare") as connection,
+        ):
+            return prepare.unprepare(connection, cell, progress)
+
+    def check_cell(self, cell: Cell) -> tuple[Blocker, ...]:
+        """Say whether the cell is prepared; read-only."""
+        with (
+            sessions.translate_errors(f"{cell.name}/{KIND}"),
+            _closing(_endpoint(cell).url, "check") as connection,
+        ):
+            return prepare.check(connection, self.discover(connection), cell)
+
+    @contextmanager
+    def open(self, move: Move, resources: Resources, progress: Progress) -> Iterator[StoreMove]:
+        """Give this store's part of one attempt; connections are made when first needed."""
+        opened = PostgresMove(self, move, resources, progress)
+        try:
+            yield opened
+        finally:
+            opened.close()
+
+
+class PostgresMove(StoreMove):
+    """PostgreSQL's part of one attempt at one migration; see `StoreMove`."""
+
+    def __init__(
+        self, store: PostgresStore, move: Move, resources: Resources, progress: Progress
+    ) -> None:
+        self.move = move
+        self._store = store
+        self._resources = resources
+        self._progress = progress
+        self._stack = ExitStack()
+        self._connections: dict[str, Connection] = {}
+        self._barrier: gate.Barrier | None = None
+        self._layouts: dict[Side, str] = {}
+        self._positions: tuple[sequences.Position, ...] = ()
+        self._handed_over = False
+
+    def close(self) -> None:
+        """Close every connection; a gate that is still locked lets its writers go."""
+        self._stack.close()
+        self._connections.clear()
+
+    # ── connections and what is known of the schema ─────────────────────────────────────────────
+
+    def _where(self, side: Side) -> str:
+        return f"{self.move.cell(side).name}/{KIND}"
+
+    def _connection(self, side: Side, purpose: str = "move") -> Connection:
+        """A session of the mover's role in autocommit mode; made when first asked for."""
+        key = f"{side} {purpose}"
+        if key not in self._connections:
+            connection = sessions.connect(
+                _endpoint(self.move.cell(side)).url,
+                purpose=purpose,
+                move=self.move,
+                autocommit=True,
+            )
+            self._stack.callback(connection.close)
+            self._connections[key] = connection
+        return self._connections[key]
+
+    @cached_property
+    def _source(self) -> Connection:
+        return self._mover(Side.SOURCE)
+
+    @cached_property
+    def _destination(self) -> Connection:
+        return self._mover(Side.DESTINATION)
+
+    def _mover(self, side: Side) -> Connection:
+        """A session in the replica role: no trigger, rule or foreign key of the application acts.
+
+        Its search path has the application's schemas besides, so that operators of extension
+        types (case-insensitive equality) are found before those of the types they cast to.
+        """
+        connection = self._connection(side)
+        schemas = sorted({table.name.schema for table in self._map.tables} | {"public"})
+        with sessions.translate_errors(self._where(side)):
+            sessions.set_for_session(connection, "session_replication_role", "replica")
+            connection.execute(
+                sql.SQL("SET search_path = pg_catalog, {}").format(
+                    sql.SQL(", ").join(sql.Identifier(schema) for schema in schemas)
+                )
+            )
+        return connection
+
+    @cached_property
+    def _map(self) -> DataMap:
+        """The data map, discovered anew by each step: the schema may have changed since."""
+        with sessions.translate_errors(self._where(Side.SOURCE)):
+            found = self._store.discover(self._connection(Side.SOURCE))
+        data_map.require_supported(found)
+        return found
+
+    @cached_property
+    def _scope(self) -> Scope:
+        return Scope(self._map, self.move.organization.id)
+
+    @cached_property
+    def _wires(self) -> Mapping[str, Wire]:
+        return wires(self._source, (*self._scope.tables, *self._map.referenced))
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Name both cells in errors of which the driver does not say whose they are."""
+        with sessions.translate_errors(
+            f"{self._where(Side.SOURCE)} to {self._where(Side.DESTINATION)}"
+        ):
+            yield
+
+    # ── plan ────────────────────────────────────────────────────────────────────────────────────
+
+    def inventory(self) -> Inventory:
+        """Count what would move and find what blocks it."""
+        organization = self.move.organization.id
+        with self._errors():
+            source = self._connection(Side.SOURCE)
+            destination = self._connection(Side.DESTINATION)
+            found = self._store.discover(source)
+            parts = stock.inventory(source, found, organization)
+            blockers = preflight.preflight(
+                source,
+                destination,
+                found,
+                organization,
+                source_cell=self.move.source,
+                destination_cell=self.move.destination,
+                parts=parts,
+            )
+        return Inventory(store=KIND, unit="rows", parts=parts, blockers=blockers)
+
+    # ── capture, copy, rounds ───────────────────────────────────────────────────────────────────
+
+    def fence(self) -> None:
+        """Take the lease in both cells; older attempts fail from now on."""
+        for side in Side:
+            self._intend(side, "lease", str(self.move.migration))
+            with sessions.translate_errors(self._where(side)):
+                gate.take_lease(self._connection(side), self.move)
+
+    def open_capture(self) -> None:
+        """Gate the destination, arm the source, and note what the key log does not see."""
+        organization = self.move.organization.id
+        self._intend(Side.DESTINATION, "gate", organization)
+        self._intend(Side.DESTINATION, "checkpoint", str(self.move.migration))
+        with sessions.translate_errors(self._where(Side.DESTINATION)):
+            gate.import_gate(self._connection(Side.DESTINATION), self.move)
+        self._intend(Side.SOURCE, "gate", organization)
+        self._intend(Side.SOURCE, "key_log", organization)
+        with sessions.translate_errors(self._where(Side.SOURCE)):
+            gate.arm(self._connection(Side.SOURCE), self.move)
+        with self._errors():
+            if not layout.noted(self._destination, self.move.migration):
+                self._note_layouts(self._read_layouts())
+
+    def copy(self) -> Copied:
+        """Copy everything from the last checkpoints on."""
+        with self._errors():
+            return self._copier().run()
+
+    def sync(self) -> Round:
+        """Run one round."""
+        with self._errors():
+            done, _ = self._rounds().run()
+            return done
+
+    def verify(self) -> Verification:
+        """Compare everything; a success is what a layout is compared with later."""
+        with self._errors():
+            before = self._read_layouts()
+            found = self._verifier().run()
+            if found.ok:
+                self._note_layouts(before)
+            return found
+
+    def catch_up(self) -> Round:
+        """Do what need not happen under the gate: connect, warm up, statistics, one round."""
+        with self._errors():
+            self._insist_on_equal_schemas()
+            self._layouts = layout.noted(self._destination, self.move.migration)
+            self._insist_on_layouts()
+            self._positions = sequences.positions(self._destination, self._scope)
+            sequences.advance(self._destination, self._scope, self._positions)
+            self._analyze()
+            self._barrier = self._make_barrier()
+            done, _ = self._rounds().run()
+            return done
+
+    def _copier(self) -> Copier:
+        return Copier(
+            self._source,
+            self._destination,
+            self._scope,
+            self._wires,
+            self.move,
+            self._progress,
+        )
+
+    def _rounds(self) -> Rounds:
+        return Rounds(self._source, self._destination, self._scope, self._wires, self.move)
+
+    def _verifier(self) -> Verifier:
+        return Verifier(self._source, self._destination, self._scope, self.move, self._progress)
+
+    def _read_layouts(self) -> dict[Side, str]:
+        return {
+            Side.SOURCE: layout.read(self._source, self._scope),
+            Side.DESTINATION: layout.read(self._destination, self._scope),
+        }
+
+    def _note_layouts(self, found: Mapping[Side, str]) -> None:
+        with write(self._destination, self.move):
+            for side, text in found.items():
+                layout.note(self._destination, self.move.migration, side, text)
+
+    def _insist_on_layouts(self) -> None:
+        for side, now in self._read_layouts().items():
+            layout.insist(side, self._where(side), self._layouts.get(side), now)
+
+    def _insist_on_equal_schemas(self) -> None:
+        source, destination = (
+            Site(self.move.cell(side), connection, read_catalog(connection))
+            for side, connection in (
+                (Side.SOURCE, self._source),
+                (Side.DESTINATION, self._destination),
+            )
+        )
+        examination = Examination(source, destination, self._map, self.move.organization.id)
+        for blocker in find_differences(examination):
+            if blocker.fatal:
+                raise Blocked(blocker.reason, hint=blocker.remedy, where=blocker.where)
+
+    def _analyze(self) -> None:
+        """Give the destination's planner statistics of the moved rows."""
+        admin_url = _endpoint(self.move.destination).admin_url
+        if admin_url is None:
+            return
+        with _closing(admin_url, "analyze", self.move) as connection:
+            for table in self._scope.tables:
+                self._progress.check()
+                connection.execute(sql.SQL("ANALYZE {}").format(table.name.identifier))
+
+    # ── cutover ─────────────────────────────────────────────────────────────────────────────────
+
+    def _make_barrier(self) -> gate.Barrier:
+        barrier = gate.Barrier(_endpoint(self.move.source).url, self.move)
+        self._stack.callback(barrier.release)
+        return barrier
+
+    def freeze(self, deadline_s: float) -> None:
+        """Lock the gate, drain the writers, make `frozen` durable."""
+        if self._barrier is None:
+            self._barrier = self._make_barrier()
+        with sessions.translate_errors(self._where(Side.SOURCE)):
+            self._barrier.freeze(deadline_s)
+
+    def finish(self) -> Finished:
+        """Apply and verify the last delta; arm reverse capture with it, in one transaction."""
+        started = time.monotonic()
+        evidence: dict[str, Any] = {}
+        self._intend(Side.DESTINATION, "key_log", self.move.organization.id)
+        with self._errors():
+            if not self._layouts:
+                self._layouts = layout.noted(self._destination, self.move.migration)
+            self._insist_on_layouts()
+            if self.move.strategy is Strategy.FREEZE_FIRST:
+                copied = self._copier().run()
+                evidence["copied"] = copied.count
+            _, applied = self._rounds().run(
+                max_keys=UNBOUNDED, before_commit=self._arm_reverse, forget=False
+            )
+            compared = applied.compared
+            if self.move.strategy is Strategy.FREEZE_FIRST:
+                compared += self._verify_under_the_gate(evidence)
+            if any(position.is_shared for position in self._positions):
+                advanced = sequences.advance(self._destination, self._scope, self._positions)
+                evidence["sequences"] = advanced
+        if self._map.materialized_views:
+            evidence["to_refresh"] = [str(name) for name in self._map.materialized_views]
+        evidence["delta"] = applied.hashes
+        return Finished(
+            applied=applied.keys,
+            compared=compared,
+            seconds=time.monotonic() - started,
+            evidence=evidence,
+        )
+
+    def _arm_reverse(self) -> None:
+        gate.arm_reverse(self._destination, self.move)
+
+    def _verify_under_the_gate(self, evidence: dict[str, Any]) -> int:
+        found = self._verifier().run()
+        if not found.ok:
+            raise VerificationFailed(
+                f"{found.mismatch_count} rows differ, such as {found.mismatches[0].part}"
+                f" {found.mismatches[0].key}: {found.mismatches[0].reason}",
+                hint="the source serves again; look at the rows, then try again",
+                where=self._where(Side.DESTINATION),
+            )
+        evidence["hashes"] = found.hashes
+        return found.compared
+
+    def hand_over(self) -> None:
+        """Source `moved`, destination open, both with the new epoch. Repeatable."""
+        with sessions.translate_errors(self._where(Side.SOURCE)):
+            gate.hand_over_source(self._connection(Side.SOURCE), self.move)
+        with sessions.translate_errors(self._where(Side.DESTINATION)):
+            gate.hand_over_destination(self._connection(Side.DESTINATION), self.move)
+
+    def release(self) -> None:
+        """Unlock the gate."""
+        if self._barrier is not None:
+            self._barrier.release()
+
+    def thaw(self) -> None:
+        """Open the source again, if this migration froze it."""
+        with sessions.translate_errors(self._where(Side.SOURCE)):
+            gate.thaw(self._connection(Side.SOURCE), self.move)
+
+    # ── after the flip ──────────────────────────────────────────────────────────────────────────
+
+    def reverse_sync(self) -> Round:
+        """One round from the destination back to the gated source."""
+        with self._errors():
+            rounds = Rounds(self._destination, self._source, self._scope, self._wires, self.move)
+            done, _ = rounds.run(before_commit=self._insist_on_moved_source)
+            return done
+
+    def _insist_on_moved_source(self) -> None:
+        """Hold the source's gate: a reverse round must not write where a return writes."""
+        row = self._source.execute(
+            "SELECT state, migration FROM cellferry.gate WHERE organization = %s FOR SHARE",
+            (self.move.organization.id,),
+        ).fetchone()
+        if row != (GateState.MOVED.value, self.move.migration):
+            raise WrongState(
+                f"the gate at {self.move.source.name} is not moved by migration"
+                f" {self.move.migration} any more",
+                hint="the organization came back or was taken over; reverse rounds have ended",
+                organization=self.move.organization.slug,
+                where=self._where(Side.SOURCE),
+            )
+
+    # ── the end ─────────────────────────────────────────────────────────────────────────────────
+
+    def cleanup(self, side: Side) -> Cleaned:
+        """Delete the copy on `side`, then its gate, log, checkpoints and lease."""
+        connection = self._source if side is Side.SOURCE else self._destination
+        with sessions.translate_errors(self._where(side)):
+            if gate.state(connection, self.move.organization.id) is None:
+                # The gate goes last: without it there is nothing of this migration, or nothing
+                # left of it.
+                cleaned = Cleaned(deleted=0, seconds=0.0, notes=("there was nothing to delete",))
+            else:
+                cleaner = Cleaner(connection, self._scope, self.move, side, self._progress)
+                cleaned = cleaner.run()
+                gate.remove(connection, self.move)
+        self._retire(side)
+        return cleaned
+
+    def close_capture(self) -> None:
+        """End capture on both sides; a copy that is to be deleted keeps its gate till then."""
+        for side in Side:
+            connection = self._connection(side)
+            with sessions.translate_errors(self._where(side)):
+                found = gate.state(connection, self.move.organization.id)
+                if found is not None and found.migration == self.move.migration:
+                    if found.state is not GateState.OPEN:
+                        continue
+                    gate.disarm(connection, self.move)
+            self._retire(side)
+
+    def _retire(self, side: Side) -> None:
+        """Remove what is left of this migration on a side where it has no gate any more."""
+        connection = self._connection(side)
+        migration, organization = self.move.migration, self.move.organization.id
+        with sessions.translate_errors(self._where(side)):
+            gate.retire(connection, self.move)
+        for kind, name in (
+            ("gate", organization),
+            ("key_log", organization),
+            ("checkpoint", str(migration)),
+            ("lease", str(migration)),
+        ):
+            self._resources.forget(self._resource(side, kind, name))
+
+    def _resource(self, side: Side, kind: str, name: str) -> Resource:
+        return Resource(self.move.cell(side).name, KIND, kind, name)
+
+    def _intend(self, side: Side, kind: str, name: str) -> None:
+        self._resources.intend(self._resource(side, kind, name))
+
+
+def _endpoint(cell: Cell) -> Endpoint:
+    return cell.stores[KIND]
+
+
+@contextmanager
+def _closing(url: str, purpose: str, move: Move | None = None) -> Iterator[Connection]:
+    connection = sessions.connect(url, purpose=purpose, move=move, autocommit=True)
+    try:
+        yield connection
+    finally:
+        connection.close()

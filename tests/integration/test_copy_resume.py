@@ -1,0 +1,200 @@
+"""A copy that is killed goes on from its checkpoint; one that is refused says why."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from fixtures.ferry import Ferry, Quiet, Registry, make_ferry
+from fixtures.postgres import FreshDatabases, postgres_versions
+
+from cellferry.errors import LeaseLost, PermanentError
+from cellferry.model import Endpoint, Limits, Move, Side
+from cellferry.stores.postgres import copier
+from cellferry.stores.postgres.store import PostgresStore
+
+BATCH = 100
+
+
+def copy_in_a_process(move: Move, reports: Any) -> None:
+    """What the killed process runs: reports each committed batch, then waits a moment."""
+
+    class Telling(Quiet):
+        def report(self, *what: Any, **more: Any) -> None:
+            reports.put(what[2])
+            time.sleep(0.02)
+
+    with PostgresStore().open(move, Registry(), Telling()) as opened:
+        opened.fence()
+        opened.copy()
+
+
+def small_batches(ferry: Ferry, **changes: Any) -> Move:
+    return ferry.move(limits=Limits(batch_rows=BATCH), **changes)
+
+
+@postgres_versions
+def test_a_killed_copy_goes_on_from_its_checkpoint(
+    fresh_databases: Callable[[], FreshDatabases],
+) -> None:
+    ferry = make_ferry(fresh_databases())
+    with ferry.opened() as move:
+        move.open_capture()
+    context = multiprocessing.get_context("spawn")
+    reports = context.Queue()
+    process = context.Process(
+        target=copy_in_a_process, args=(small_batches(ferry, attempt=2), reports)
+    )
+    process.start()
+    while reports.get(timeout=60) < 1200:
+        pass
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    (committed,) = ferry.run(
+        Side.DESTINATION, "SELECT sum(rows)::int, bool_and(done) FROM cellferry.checkpoint"
+    )
+
+    with ferry.opened(small_batches(ferry, attempt=3)) as move:
+        copied = move.copy()
+        assert move.verify().ok
+
+    assert committed[1] is False, "it was killed in the middle"
+    assert copied.count >= committed[0] >= 1200
+    assert 0 < copied.recopied <= BATCH
+    assert ferry.content(Side.DESTINATION, 1) == ferry.content(Side.SOURCE, 1)
+
+
+def test_a_finished_copy_copies_nothing_again(ferry: Ferry) -> None:
+    with ferry.opened() as move:
+        move.open_capture()
+        first = move.copy()
+        second = move.copy()
+
+    assert second.count == first.count
+    assert second.batches == 0
+
+
+def test_a_batch_is_bounded_by_bytes(ferry: Ferry) -> None:
+    ferry.run(Side.SOURCE, "UPDATE notes SET body = repeat(md5(body), 1000)")
+    with ferry.opened(ferry.move(limits=Limits(batch_bytes=1_000_000))) as move:
+        move.open_capture()
+        copied = move.copy()
+
+    assert copied.bytes > 40_000_000
+    assert copied.batches > 40
+
+
+def test_an_old_statement_is_begun_anew(ferry: Ferry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copier, "STRETCH_S", 0.0)
+    with ferry.opened(small_batches(ferry)) as move:
+        move.open_capture()
+        move.copy()
+        assert move.verify().ok
+
+
+def test_a_throttled_copy_keeps_its_rate(ferry: Ferry) -> None:
+    from cellferry.model import Throttle
+
+    throttled = small_batches(ferry, throttle=Throttle(rows_per_s=2000))
+    started = time.monotonic()
+    with ferry.opened(throttled) as move:
+        move.open_capture()
+        copied = move.copy()
+
+    assert copied.count / (time.monotonic() - started) < 2300
+
+
+def test_a_newer_attempt_stops_an_older_copy(ferry: Ferry) -> None:
+    with ferry.opened(small_batches(ferry, attempt=1)) as older:
+        older.open_capture()
+        with ferry.opened(small_batches(ferry, attempt=2)):
+            pass
+        with pytest.raises(LeaseLost):
+            older.copy()
+
+    assert ferry.content(Side.DESTINATION, 1)["projects"] == []
+
+
+def test_a_unique_value_that_moves_between_batches_is_no_collision(ferry: Ferry) -> None:
+    # project 2 is copied with its name; then project 40 takes the name over, before its batch
+    def swap() -> None:
+        if ferry.content(Side.DESTINATION, 1)["projects"] and not swapped:
+            swapped.append(True)
+            ferry.run(
+                Side.SOURCE,
+                "UPDATE projects SET name = 'other' WHERE id = 2;"
+                "UPDATE projects SET name = 'project 2' WHERE id = 40",
+            )
+
+    swapped: list[bool] = []
+    ferry.progress.on_check = swap
+    with ferry.opened(ferry.move(limits=Limits(batch_rows=5))) as move:
+        move.open_capture()
+        # each batch reads anew, so that the later one sees the change
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(copier, "STRETCH_S", 0.0)
+            move.copy()
+        while move.sync().remaining:
+            pass
+        assert swapped
+        assert move.verify().ok
+
+
+def test_a_row_of_another_organization_with_the_same_key_is_a_collision(ferry: Ferry) -> None:
+    ferry.run(
+        Side.DESTINATION,
+        "INSERT INTO issues (id, project_id, iid, title) VALUES (1, 900001, 77, 'theirs')",
+    )
+    before = ferry.content(Side.DESTINATION, 3)
+    with ferry.opened() as move:
+        move.open_capture()
+        with pytest.raises(PermanentError, match=r"row 1 of public\.issues .* organization 3"):
+            move.copy()
+
+    assert ferry.content(Side.DESTINATION, 3) == before
+
+
+def test_a_shared_row_whose_unique_value_is_taken_is_a_collision(ferry: Ferry) -> None:
+    ferry.run(Side.DESTINATION, "INSERT INTO users VALUES (5000, 'user2@example.com')")
+    with ferry.opened() as move:
+        move.open_capture()
+        with pytest.raises(PermanentError, match=r"public\.users row 2 cannot be copied"):
+            move.copy()
+
+
+def test_a_full_destination_is_told_with_its_remedy(ferry: Ferry) -> None:
+    endpoint = ferry.destination.stores["postgres"]
+    ferry.destination = type(ferry.destination)(
+        ferry.destination.name,
+        {
+            "postgres": Endpoint(
+                url=endpoint.url, admin_url=endpoint.admin_url, options={"capacity_bytes": 1000}
+            )
+        },
+    )
+    with ferry.opened() as move:
+        move.open_capture()
+        with pytest.raises(PermanentError, match="raise capacity_bytes"):
+            move.copy()
+
+
+def test_triggers_of_the_application_do_not_fire_for_moved_rows(ferry: Ferry) -> None:
+    ferry.run(
+        Side.DESTINATION,
+        """
+        CREATE FUNCTION public.spoil() RETURNS trigger LANGUAGE plpgsql
+            AS $$ BEGIN NEW.title := 'spoilt'; RETURN NEW; END $$;
+        CREATE TRIGGER spoil BEFORE INSERT ON public.issues
+            FOR EACH ROW EXECUTE FUNCTION public.spoil();
+        """,
+    )
+    with ferry.opened() as move:
+        move.open_capture()
+        move.copy()
+        assert move.verify().ok

@@ -1,0 +1,280 @@
+"""A whole move of PostgreSQL's part, under writers, there and back."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import psycopg
+import pytest
+from fixtures.ferry import Ferry, make_ferry
+from fixtures.postgres import FreshDatabases, postgres_versions
+
+from cellferry.errors import DrainTimeout
+from cellferry.model import Side, Strategy
+
+RETRY = {"CF002", "40001", "40P01", "55P03"}
+
+
+@dataclass
+class Writer:
+    """An application: follows the gate's answers, remembers what was acknowledged."""
+
+    ferry: Ferry
+    number: int
+    isolation: psycopg.IsolationLevel = psycopg.IsolationLevel.READ_COMMITTED
+    side: Side = Side.SOURCE
+    acknowledged: dict[int, str] = field(default_factory=dict)
+    longest_s: float = 0.0
+    errors: list[BaseException] = field(default_factory=list)
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def run(self) -> None:
+        sessions = {}
+        try:
+            for side in Side:
+                sessions[side] = psycopg.connect(self.ferry.url(side))
+                sessions[side].isolation_level = self.isolation
+            count = 0
+            while not self.stop.is_set():
+                count += 1
+                self._operate(sessions, count)
+        except BaseException as error:
+            self.errors.append(error)
+        finally:
+            for session in sessions.values():
+                session.close()
+
+    def _operate(self, sessions: dict[Side, psycopg.Connection[Any]], count: int) -> None:
+        key = 10_000_000 * (self.number + 1) + count
+        started = time.monotonic()
+        while True:
+            session = sessions[self.side]
+            try:
+                with session.transaction():
+                    session.execute(
+                        "INSERT INTO issues (id, project_id, iid, title) VALUES (%s, %s, %s, %s)",
+                        (key, 2 + 2 * random.randrange(5), key, f"w{self.number}"),
+                    )
+                    previous = random.choice(list(self.acknowledged) or [key])
+                    session.execute(
+                        "UPDATE issues SET title = %s WHERE id = %s", (f"u{count}", previous)
+                    )
+                    session.execute(
+                        "UPDATE projects SET level = 'low' WHERE id = %s",
+                        (2 + 2 * random.randrange(5),),
+                    )
+            except psycopg.Error as error:
+                session.rollback()
+                if error.sqlstate == "CF001":
+                    answer = json.loads(error.diag.message_detail or "{}")
+                    self.side = (
+                        Side.SOURCE
+                        if answer["cell"] == self.ferry.source.name
+                        else Side.DESTINATION
+                    )
+                elif error.sqlstate not in RETRY:
+                    raise
+                continue
+            self.acknowledged[key] = f"w{self.number}"
+            self.acknowledged[previous] = f"u{count}"
+            self.longest_s = max(self.longest_s, time.monotonic() - started)
+            return
+
+
+class Traffic:
+    """Writers that run while a block runs."""
+
+    def __init__(self, ferry: Ferry, writers: int = 4, **how: Any) -> None:
+        self.writers = [Writer(ferry, number, **how) for number in range(writers)]
+        self._threads = [threading.Thread(target=writer.run) for writer in self.writers]
+
+    def __enter__(self) -> Traffic:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for writer in self.writers:
+            writer.stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def titles(self) -> dict[int, str]:
+        """What the application was told is stored. Raises what a writer did not expect."""
+        told: dict[int, str] = {}
+        for writer in self.writers:
+            if writer.errors:
+                raise writer.errors[0]
+            told.update(writer.acknowledged)
+        return told
+
+
+def stored(ferry: Ferry, side: Side) -> dict[int, str]:
+    rows = ferry.run(side, "SELECT id, title FROM issues WHERE id >= 10000000")
+    return dict(rows)
+
+
+def cut_over(ferry: Ferry, attempt: int = 2) -> float:
+    """Cut over as the steps do; return how long the gate was closed, in seconds."""
+    with ferry.opened(ferry.move(attempt=attempt)) as move:
+        move.catch_up()
+        for _ in range(5):
+            move.sync()
+        started = time.monotonic()
+        move.freeze(5.0)
+        move.finish()
+        move.hand_over()
+        move.release()
+        return time.monotonic() - started
+
+
+@postgres_versions
+def test_nothing_acknowledged_is_lost_and_writers_hardly_wait(
+    fresh_databases: Callable[[], FreshDatabases],
+) -> None:
+    ferry = make_ferry(fresh_databases())
+    neighbours = ferry.content(Side.SOURCE, 2), ferry.content(Side.DESTINATION, 3)
+    with Traffic(ferry) as traffic:
+        time.sleep(0.3)
+        with ferry.opened() as move:
+            move.open_capture()
+            move.copy()
+            while move.sync().remaining > 200:
+                pass
+            assert move.verify().ok
+        pause_s = cut_over(ferry)
+        time.sleep(0.3)
+
+    assert stored(ferry, Side.DESTINATION) == traffic.titles()
+    assert all(writer.side is Side.DESTINATION for writer in traffic.writers)
+    assert pause_s < 1.0
+    assert (ferry.content(Side.SOURCE, 2), ferry.content(Side.DESTINATION, 3)) == neighbours
+
+
+def test_reverse_rounds_bring_every_later_write_back(ferry: Ferry) -> None:
+    with Traffic(ferry, writers=2) as traffic:
+        with ferry.opened() as move:
+            move.open_capture()
+            move.copy()
+        cut_over(ferry)
+        with ferry.opened(ferry.move(attempt=3)) as move:
+            for _ in range(5):
+                move.reverse_sync()
+    with ferry.opened(ferry.move(attempt=4)) as move:
+        while move.reverse_sync().remaining:
+            pass
+
+    assert stored(ferry, Side.SOURCE) == traffic.titles()
+    assert ferry.content(Side.SOURCE, 1) == ferry.content(Side.DESTINATION, 1)
+
+
+def test_a_reverse_round_does_not_write_where_the_gate_is_not_moved(ferry: Ferry) -> None:
+    from cellferry.errors import WrongState
+
+    with ferry.opened() as move:
+        move.open_capture()
+        move.copy()
+    cut_over(ferry)
+    ferry.run(Side.DESTINATION, "UPDATE issues SET title = 'new' WHERE id = 1")
+    ferry.run(Side.SOURCE, "UPDATE cellferry.gate SET migration = 99, state = 'importing'")
+
+    with ferry.opened(ferry.move(attempt=3)) as move, pytest.raises(WrongState):
+        move.reverse_sync()
+
+    assert ferry.run(Side.SOURCE, "SELECT title FROM issues WHERE id = 1") != [("new",)]
+
+
+def test_freeze_first_moves_everything_under_the_gate(ferry: Ferry) -> None:
+    frozen = ferry.move(strategy=Strategy.FREEZE_FIRST)
+    with Traffic(ferry, writers=2) as traffic:
+        with ferry.opened(frozen) as move:
+            move.open_capture()
+            move.freeze(5.0)
+            finished = move.finish()
+            move.hand_over()
+            move.release()
+        time.sleep(0.2)
+
+    assert stored(ferry, Side.DESTINATION) == traffic.titles()
+    assert finished.evidence["hashes"]["public.issues"]["count"] >= 1000
+
+
+def test_a_cutover_that_gives_up_leaves_the_source_serving(ferry: Ferry) -> None:
+    with ferry.opened() as move:
+        move.open_capture()
+        move.copy()
+        move.catch_up()
+        with ferry.session(Side.SOURCE) as stubborn:
+            stubborn.execute("BEGIN; UPDATE issues SET title = 'open' WHERE id = 1")
+            with pytest.raises(DrainTimeout):
+                move.freeze(0.5)
+            with suppress(psycopg.Error):
+                stubborn.execute("COMMIT")
+        move.thaw()
+        move.release()
+        ferry.run(Side.SOURCE, "UPDATE issues SET title = 'serves' WHERE id = 3")
+        move.freeze(5.0)
+        move.finish()
+        move.hand_over()
+        move.release()
+
+    titles = dict(ferry.run(Side.DESTINATION, "SELECT id, title FROM issues WHERE id IN (1, 3)"))
+    assert titles == {1: "open", 3: "serves"}
+
+
+def test_a_thaw_after_the_last_delta_loses_nothing_later(ferry: Ferry) -> None:
+    with ferry.opened() as move:
+        move.open_capture()
+        move.copy()
+        move.catch_up()
+        move.freeze(5.0)
+        move.finish()
+        move.thaw()
+        move.release()
+        ferry.run(Side.SOURCE, "UPDATE issues SET title = 'after the thaw' WHERE id = 1")
+    cut_over(ferry)
+
+    assert ferry.content(Side.DESTINATION, 1) == ferry.content(Side.SOURCE, 1)
+    titles = ferry.run(Side.DESTINATION, "SELECT title FROM issues WHERE id = 1")
+    assert titles == [("after the thaw",)]
+
+
+def test_a_sequence_does_not_give_out_a_key_that_moved(ferry: Ferry) -> None:
+    with ferry.opened() as move:
+        move.open_capture()
+        move.copy()
+    cut_over(ferry)
+
+    rows = ferry.run(
+        Side.DESTINATION,
+        "INSERT INTO issues (project_id, iid, title) VALUES (2, 5555, 'new') RETURNING id",
+    )
+    assert rows[0][0] > 2000
+
+
+def test_every_verb_up_to_the_flip_may_be_repeated(ferry: Ferry) -> None:
+    for attempt in (1, 2):
+        with ferry.opened(ferry.move(attempt=attempt)) as move:
+            for _ in range(2):
+                move.fence()
+                move.open_capture()
+                move.copy()
+                move.sync()
+                assert move.verify().ok
+    with ferry.opened(ferry.move(attempt=3)) as move:
+        move.catch_up()
+        move.freeze(5.0)
+        move.finish()
+        move.finish()
+        for _ in range(2):
+            move.hand_over()
+            move.release()
+
+    assert ferry.content(Side.DESTINATION, 1) == ferry.content(Side.SOURCE, 1)

@@ -1,0 +1,164 @@
+"""Every difference is found; a key that is dirty is not a difference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from fixtures.ferry import Ferry
+
+from cellferry.model import Side
+from cellferry.stores.postgres.store import PostgresMove
+
+
+@pytest.fixture
+def copied(ferry: Ferry) -> Iterator[tuple[Ferry, PostgresMove]]:
+    with ferry.opened() as move:
+        move.open_capture()
+        move.copy()
+        yield ferry, move
+
+
+def damage(ferry: Ferry, statement: str) -> None:
+    """Change the destination as no application could: past its gate and its foreign keys."""
+    ferry.run(Side.DESTINATION, f"SET session_replication_role = replica; {statement}")
+
+
+FAULTS = {
+    "a changed byte": (
+        "UPDATE issues SET raw = set_byte(raw, 0, get_byte(raw, 0) # 1) WHERE id = 1",
+        ("public.issues", "1", "differs"),
+    ),
+    "a changed last digit": (
+        "UPDATE issues SET score = score + 1e-14 WHERE id = 1",
+        ("public.issues", "1", "differs"),
+    ),
+    "an empty text for NULL": (
+        "UPDATE issues SET raw = NULL WHERE id = 1",
+        ("public.issues", "1", "differs"),
+    ),
+    "a missing row": (
+        "DELETE FROM events WHERE organization_id = 1 AND id = 1",
+        ("public.events", "1, 1", "missing at destination"),
+    ),
+    "an extra row": (
+        "INSERT INTO events VALUES (1, 5000, 'extra')",
+        ("public.events", "1, 5000", "extra at destination"),
+    ),
+    "a row of another organization": (
+        "UPDATE projects SET organization_id = 3 WHERE id = 40",
+        ("public.projects", "40", "missing at destination"),
+    ),
+    "a parent of another organization": (
+        "UPDATE issues SET project_id = 900001, iid = 99 WHERE id = 1",
+        ("public.issues", "1", "missing at destination"),
+    ),
+    "swapped values": (
+        "UPDATE events SET what = CASE id WHEN 1 THEN 'event 3' ELSE 'event 1' END"
+        " WHERE organization_id = 1 AND id IN (1, 3)",
+        ("public.events", "1, 1", "differs"),
+    ),
+    "an orphan": (
+        "UPDATE issues SET id = 2001, project_id = 555 WHERE id = 1999;"
+        "UPDATE issues SET id = 1998 WHERE id = 2001",
+        ("public.issues", "1998", "orphan"),
+    ),
+    "a missing shared row": (
+        "DELETE FROM users WHERE id = 2",
+        ("public.memberships", "1, 2", "refers to a row that the destination lacks"),
+    ),
+    "a changed shared row": (
+        "UPDATE users SET email = 'x' WHERE id = 2",
+        ("public.users", "2", "differs"),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found(copied: tuple[Ferry, PostgresMove], fault: str) -> None:
+    ferry, move = copied
+    assert move.verify().ok
+    statement, (part, key, reason) = FAULTS[fault]
+
+    damage(ferry, statement)
+
+    found = move.verify()
+    assert any(
+        one.part == part and one.key == key and one.reason.startswith(reason)
+        for one in found.mismatches
+    ), found.mismatches
+
+
+def test_a_doubled_row_is_found(copied: tuple[Ferry, PostgresMove]) -> None:
+    ferry, move = copied
+    damage(
+        ferry,
+        "ALTER TABLE events DROP CONSTRAINT events_pkey;"
+        "INSERT INTO events SELECT * FROM events WHERE organization_id = 1 AND id = 1",
+    )
+
+    (mismatch,) = move.verify().mismatches
+    assert (mismatch.part, mismatch.key, mismatch.reason) == ("public.events", "1, 1", "differs")
+
+
+def test_faults_that_cancel_each_other_out_are_found(copied: tuple[Ferry, PostgresMove]) -> None:
+    ferry, move = copied
+    damage(
+        ferry,
+        "DELETE FROM events WHERE organization_id = 1 AND id = 1;"
+        "INSERT INTO events VALUES (1, 5000, 'event 1')",
+    )
+
+    assert move.verify().mismatch_count == 2
+
+
+def test_a_dirty_key_is_no_mismatch(copied: tuple[Ferry, PostgresMove]) -> None:
+    ferry, move = copied
+    ferry.run(Side.SOURCE, "UPDATE issues SET title = 'changed' WHERE id = 1")
+    ferry.run(Side.SOURCE, "DELETE FROM issues WHERE id = 3")
+    ferry.run(Side.SOURCE, "UPDATE users SET email = 'changed' WHERE id = 2")
+
+    found = move.verify()
+
+    assert found.ok, found.mismatches
+    assert found.hashes["public.issues"]["dirty"] == 2
+
+
+def test_a_dirty_key_excuses_no_other_key(copied: tuple[Ferry, PostgresMove]) -> None:
+    ferry, move = copied
+    ferry.run(Side.SOURCE, "UPDATE issues SET title = 'changed' WHERE id = 1")
+    damage(ferry, "UPDATE issues SET title = 'damaged' WHERE id = 3")
+
+    (mismatch,) = move.verify().mismatches
+    assert mismatch.key == "3"
+
+
+def test_other_organizations_faults_are_not_ours(copied: tuple[Ferry, PostgresMove]) -> None:
+    ferry, move = copied
+    damage(ferry, "UPDATE issues SET project_id = 123456 WHERE id = 900001")
+
+    assert move.verify().ok
+
+
+def test_evidence_names_counts_and_hashes(copied: tuple[Ferry, PostgresMove]) -> None:
+    ferry, move = copied
+    found = move.verify()
+
+    issues = found.hashes["public.issues"]
+    assert issues["count"] == 1000
+    assert issues["source"] == issues["destination"]
+    assert found.compared >= 2800
+
+
+def test_a_table_emptied_behind_the_gates_back_is_noticed_at_cutover(
+    copied: tuple[Ferry, PostgresMove],
+) -> None:
+    from cellferry.errors import VerificationFailed
+
+    ferry, move = copied
+    assert move.verify().ok
+    ferry.run(Side.SOURCE, "ALTER TABLE events ADD COLUMN more int")
+
+    with pytest.raises(VerificationFailed, match="truncated, rewritten or changed"):
+        move._layouts = {}
+        move.finish()
