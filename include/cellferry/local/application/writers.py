@@ -87,10 +87,10 @@ class Traffic:
         self.stop()
 
     def start(self, seconds: float = 30.0) -> Self:
-        """Start the processes and wait until each has begun to write.
+        """Start the processes and wait until every organization is written to.
 
         Raises:
-            RuntimeError: one ended, or did not begin within `seconds`.
+            RuntimeError: one ended, or an organization took no write within `seconds`.
         """
         plan = self.directory / "assignment.json"
         self._assignment.write(plan)
@@ -110,15 +110,15 @@ class Traffic:
                 )
             )
         deadline = time.monotonic() + seconds
-        while len(self._stats()) < self._assignment.processes:
-            if any(one.poll() is not None for one in self._processes):
+        while silent := self._silent():
+            ended = any(one.poll() is not None for one in self._processes)
+            if ended or time.monotonic() > deadline:
                 with contextlib.suppress(RuntimeError):
                     self.stop()
-                raise RuntimeError(f"a writer ended at once; see {self.directory}/writer-*.log")
-            if time.monotonic() > deadline:
-                with contextlib.suppress(RuntimeError):
-                    self.stop()
-                raise RuntimeError(f"a writer did not begin; see {self.directory}/writer-*.log")
+                raise RuntimeError(
+                    ("a writer ended at once" if ended else f"no write of {', '.join(silent)}")
+                    + f"; see {self.directory}/writer-*.log"
+                )
             time.sleep(0.05)
         return self
 
@@ -174,6 +174,14 @@ class Traffic:
         if self._last is None or now - self._last[0] >= 1.0:
             self._last = (now, counts)
         return self._rates
+
+    def _silent(self) -> list[str]:
+        stats = self.stats()
+        return [
+            share.organization
+            for share in self._assignment.shares
+            if not stats.get(share.organization, {}).get("acknowledged")
+        ]
 
     def _stats(self) -> list[dict[str, dict[str, dict[str, int]]]]:
         found = []
