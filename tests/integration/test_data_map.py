@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
-from fixtures.postgres import FreshDatabases, postgres_versions
 from psycopg import sql
+from rich.console import Console
 
 from cellferry.errors import InvalidInput, UnsupportedSchema
 from cellferry.stores.postgres.data_map import discover, render_for_review, require_supported, show
 from cellferry.stores.postgres.data_map_file import DataMapFile, load, parse
 from cellferry.stores.postgres.ownership import owned_by, owner_text
 from cellferry.stores.postgres.schema import DataMap, Name, Placement
+from fixtures.postgres import FreshDatabases, postgres_versions
 
 SCHEMAS = Path(__file__).parent / "schemas"
 PRODUCTS = sorted(path.stem for path in SCHEMAS.glob("*.sql"))
@@ -307,7 +309,9 @@ def test_a_column_that_identifies_nothing_is_no_key(database: Connection) -> Non
 # what is refused, with its remedy
 
 ORGANIZATIONS = "CREATE TABLE organizations (id int PRIMARY KEY);"
-THINGS = f"{ORGANIZATIONS} CREATE TABLE things (id int PRIMARY KEY, org int NOT NULL REFERENCES organizations);"  # noqa: E501
+THINGS = f"""{ORGANIZATIONS}
+CREATE TABLE things (id int PRIMARY KEY, org int NOT NULL REFERENCES organizations);"""
+FUNCTION = "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';"
 
 REFUSED = {
     "no primary key": (
@@ -315,23 +319,31 @@ REFUSED = {
         "no primary key",
     ),
     "a unique key with NULL": (
-        f"{ORGANIZATIONS} CREATE TABLE things (org int NOT NULL REFERENCES organizations,"
-        " n int UNIQUE)",
+        (
+            f"{ORGANIZATIONS} CREATE TABLE things (org int NOT NULL REFERENCES organizations,"
+            " n int UNIQUE)"
+        ),
         "no primary key",
     ),
     "a partial unique key": (
-        f"{ORGANIZATIONS} CREATE TABLE things (org int NOT NULL REFERENCES organizations,"
-        " n int NOT NULL); CREATE UNIQUE INDEX ON things (n) WHERE n > 0",
+        (
+            f"{ORGANIZATIONS} CREATE TABLE things (org int NOT NULL REFERENCES organizations,"
+            " n int NOT NULL); CREATE UNIQUE INDEX ON things (n) WHERE n > 0"
+        ),
         "no primary key",
     ),
     "a deferrable primary key": (
-        f"{ORGANIZATIONS} CREATE TABLE things (org int NOT NULL REFERENCES organizations,"
-        " n int PRIMARY KEY DEFERRABLE)",
+        (
+            f"{ORGANIZATIONS} CREATE TABLE things (org int NOT NULL REFERENCES organizations,"
+            " n int PRIMARY KEY DEFERRABLE)"
+        ),
         "DEFERRABLE",
     ),
     "a generated primary key": (
-        f"{ORGANIZATIONS} CREATE TABLE things (org int NOT NULL REFERENCES organizations,"
-        " n int GENERATED ALWAYS AS (org * 2) STORED PRIMARY KEY)",
+        (
+            f"{ORGANIZATIONS} CREATE TABLE things (org int NOT NULL REFERENCES organizations,"
+            " n int GENERATED ALWAYS AS (org * 2) STORED PRIMARY KEY)"
+        ),
         "generated",
     ),
     "a large object": (f"{THINGS} ALTER TABLE things ADD picture oid", "plain_numbers"),
@@ -345,26 +357,34 @@ REFUSED = {
         "inherited by public.special",
     ),
     "a child by inheritance": (
-        f"{ORGANIZATIONS} CREATE TABLE base (id int);"
-        " CREATE TABLE things (PRIMARY KEY (id), org int NOT NULL REFERENCES organizations)"
-        " INHERITS (base)",
+        (
+            f"{ORGANIZATIONS} CREATE TABLE base (id int);"
+            " CREATE TABLE things (PRIMARY KEY (id), org int NOT NULL REFERENCES organizations)"
+            " INHERITS (base)"
+        ),
         "inherits from public.base",
     ),
     "a trigger that always fires": (
-        f"{THINGS} CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';"
-        "CREATE TRIGGER audit AFTER INSERT ON things EXECUTE FUNCTION f();"
-        "ALTER TABLE things ENABLE ALWAYS TRIGGER audit",
+        (
+            f"{THINGS} {FUNCTION}"
+            "CREATE TRIGGER audit AFTER INSERT ON things EXECUTE FUNCTION f();"
+            "ALTER TABLE things ENABLE ALWAYS TRIGGER audit"
+        ),
         "trigger audit is ENABLE ALWAYS",
     ),
     "a trigger for replicas": (
-        f"{THINGS} CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';"
-        "CREATE TRIGGER audit AFTER INSERT ON things EXECUTE FUNCTION f();"
-        "ALTER TABLE things ENABLE REPLICA TRIGGER audit",
+        (
+            f"{THINGS} {FUNCTION}"
+            "CREATE TRIGGER audit AFTER INSERT ON things EXECUTE FUNCTION f();"
+            "ALTER TABLE things ENABLE REPLICA TRIGGER audit"
+        ),
         "trigger audit is ENABLE REPLICA",
     ),
     "a rule that always fires": (
-        f"{THINGS} CREATE RULE keep AS ON DELETE TO things DO INSTEAD NOTHING;"
-        "ALTER TABLE things ENABLE ALWAYS RULE keep",
+        (
+            f"{THINGS} CREATE RULE keep AS ON DELETE TO things DO INSTEAD NOTHING;"
+            "ALTER TABLE things ENABLE ALWAYS RULE keep"
+        ),
         "rule keep is ENABLE ALWAYS",
     ),
     "a table of nobody": (f"{ORGANIZATIONS} CREATE TABLE things (id int PRIMARY KEY)", "place it"),
@@ -377,8 +397,10 @@ REFUSED = {
         "several columns refer to an organization",
     ),
     "a key into an ignored schema": (
-        f"{THINGS} CREATE SCHEMA cellferry; CREATE TABLE cellferry.x (id int PRIMARY KEY);"
-        "ALTER TABLE things ADD x int REFERENCES cellferry.x",
+        (
+            f"{THINGS} CREATE SCHEMA cellferry; CREATE TABLE cellferry.x (id int PRIMARY KEY);"
+            "ALTER TABLE things ADD x int REFERENCES cellferry.x"
+        ),
         "ignored schema",
     ),
 }
@@ -538,7 +560,8 @@ def test_what_owned_rows_refer_to_is_referenced(database: Connection) -> None:
 
 def test_a_placement_stops_ownership_from_passing(database: Connection) -> None:
     database.execute(
-        f"{ORGANIZATIONS} CREATE TABLE users (id int PRIMARY KEY, home int REFERENCES organizations);"
+        f"{ORGANIZATIONS} CREATE TABLE users (id int PRIMARY KEY,"
+        " home int REFERENCES organizations);"
         "CREATE TABLE notes (id int PRIMARY KEY, org int NOT NULL REFERENCES organizations,"
         " author int NOT NULL REFERENCES users)"
     )
@@ -573,10 +596,8 @@ def test_discovery_needs_no_privilege_on_the_tables(database: Connection) -> Non
 
 
 def test_the_map_can_be_shown(database: Connection) -> None:
-    from rich.console import Console
-
     data_map = discover(database, install(database, "code_forge"))
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console = Console(width=200, record=True, file=io.StringIO())
     console.print(show(data_map))
     text = console.export_text()
     assert "subject_id → public.tickets" in text

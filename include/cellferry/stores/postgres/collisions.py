@@ -218,8 +218,14 @@ def _look_up(
 
 
 def leftovers(examination: Examination) -> Iterator[Blocker]:
-    """Yield a blocker when the destination has rows of the organization already."""
+    """Yield a blocker when the destination has rows of the organization already.
+
+    Rows that a live migration is importing are expected.
+    """
     site: Site = examination.destination
+    state, migration = _gate(examination)
+    if state == "importing":
+        return
     tables: list[str] = []
     for table in examination.usable(Placement.OWNED):
         with site.reading() as cursor:
@@ -230,7 +236,15 @@ def leftovers(examination: Examination) -> Iterator[Blocker]:
             ).fetchone()
         if found:
             tables.append(str(table.name))
-    if tables:
+    if tables and state == "moved":
+        yield Blocker(
+            "retained-copy",
+            site.where(),
+            f"the copy that migration {migration} left behind is retained here, in"
+            f" {listed(tables)}",
+            f"clean up migration {migration} first, or roll it back instead of moving again",
+        )
+    elif tables:
         yield Blocker(
             "leftover-rows",
             site.where(),
@@ -239,3 +253,16 @@ def leftovers(examination: Examination) -> Iterator[Blocker]:
             "clean up the migration that left them; if the application wrote them there, decide"
             " which copy is right before anything moves",
         )
+
+
+def _gate(examination: Examination) -> tuple[str | None, int | None]:
+    """State of the organization's gate at the destination, and the migration that set it."""
+    try:
+        with examination.destination.reading() as cursor:
+            found = cursor.execute(
+                "SELECT state, migration FROM cellferry.gate WHERE organization = %s",
+                (examination.organization,),
+            ).fetchone()
+    except (psycopg.errors.UndefinedTable, psycopg.errors.InsufficientPrivilege):
+        return None, None  # not prepared, which is reported as such
+    return (found[0], found[1]) if found else (None, None)

@@ -40,7 +40,6 @@ def preflight(
     source_cell: Cell,
     destination_cell: Cell,
     ignore_schemas: Collection[str] = (),
-    expect_rows: bool = False,
     parts: Sequence[Part] | None = None,
 ) -> tuple[Blocker, ...]:
     """Find what blocks the move of `organization`. Repeatable; changes nothing.
@@ -53,7 +52,6 @@ def preflight(
         source_cell: its name is used in messages, its store's options are obeyed.
         destination_cell: the same; option `capacity_bytes` bounds its database.
         ignore_schemas: as in the data map's file.
-        expect_rows: a live migration has copied rows already, which are no leftovers.
         parts: the inventory, if the caller has it; it is taken here otherwise.
 
     Returns:
@@ -73,7 +71,7 @@ def preflight(
     unknown = list(cell_conditions.check_organization(examination))
     found.extend(unknown)
     if not unknown:
-        found.extend(_rows(examination, expect_rows, parts))
+        found.extend(_rows(examination, parts))
     return tuple(sorted(found, key=lambda blocker: not blocker.fatal))
 
 
@@ -92,13 +90,10 @@ def _conditions(examination: Examination) -> Iterator[Blocker]:
     yield from cell_conditions.check_sequences(examination)
 
 
-def _rows(
-    examination: Examination, expect_rows: bool, parts: Sequence[Part] | None
-) -> Iterator[Blocker]:
+def _rows(examination: Examination, parts: Sequence[Part] | None) -> Iterator[Blocker]:
     yield from crossings.find_unowned(examination)
     yield from crossings.find_crossings(examination)
-    if not expect_rows:
-        yield from collisions.leftovers(examination)
+    yield from collisions.leftovers(examination)
     yield from collisions.find_collisions(examination)
     yield from shared_rows.compare_global(examination)
     yield from shared_rows.compare_referenced(examination)
