@@ -54,6 +54,7 @@ class Relational:
         self._free_slots = list(range(200))
         self._position = 0
         self._views_seen = -1
+        self._issues_at_first = 0
         self._ground: Ground | None = None
 
     @property
@@ -66,12 +67,13 @@ class Relational:
                 for ref in self._ground.hot
                 if zlib.crc32(ref.encode()) % self._slots == self._slot
             ]
+            self._issues_at_first = len(self._rows["issues"])
         return self._ground
 
     def open_issue(self) -> None:
         """An issue, its event and the project's statistics, in one transaction."""
         session, ground, name = self._session, self.ground, self._session.next_id()
-        if self._is_full("issues"):
+        if self._is_full("issues", self._issues_at_first + KEEP):
             self.edit_issue()
             return
         title = f"Issue {name}"

@@ -37,8 +37,8 @@ class Writer:
 
     def __init__(self, session: Session, relational: Relational, keyspace: Keyspace) -> None:
         self.session = session
-        self._relational = relational
-        self._keyspace = keyspace
+        self.relational = relational
+        self.keyspace = keyspace
         chances = {**_mix(relational, keyspace), self.close_and_enqueue: 6}
         self._operations = list(chances)
         self._weights = list(chances.values())
@@ -57,9 +57,7 @@ class Writer:
             due += (0.5 + chance.random()) / rate
             before = self.session.tally.writes
             try:
-                chance.choices(self._operations, self._weights)[0]()
-                if chance.random() < _READS:
-                    (self._relational if chance.random() < 0.5 else self._keyspace).read_back()
+                self.step()
             except RowGone as error:
                 print(f"{self.session.name}: {error}", file=sys.stderr, flush=True)  # noqa: T201
                 stop.wait(0.5)
@@ -67,11 +65,18 @@ class Writer:
                 # an operation of two writes counts as two, one that found nothing to do as none
                 due += (self.session.tally.writes - before - 1) / rate
 
+    def step(self) -> None:
+        """Do one operation, and sometimes read back what was written."""
+        chance = self.session.random
+        chance.choices(self._operations, self._weights)[0]()
+        if chance.random() < _READS:
+            (self.relational if chance.random() < 0.5 else self.keyspace).read_back()
+
     def close_and_enqueue(self) -> None:
         """PostgreSQL, then Redis: each store's command is tried again on its own (hazard 9)."""
-        row = self._relational.edit_issue()
+        row = self.relational.edit_issue()
         if row is not None:
-            self._keyspace.enqueue(f"{row.ref}@{row.version}")
+            self.keyspace.enqueue(f"{row.ref}@{row.version}")
 
 
 def main() -> int:
