@@ -324,7 +324,13 @@ class RouteClient:
         with self._lock:
             if self._listener is None and not self._closed:
                 interval_s = min(self._ttl_s / 4, 10.0)
-                self._listener = RouteListener(self._parameters, self._heard, self._due, interval_s)
+                self._listener = RouteListener(
+                    self._parameters,
+                    self._heard,
+                    self._cache.confirm,
+                    self._cache.confirmed_at,
+                    interval_s,
+                )
                 self._listener.start()
 
     def _forked(self) -> None:
