@@ -51,7 +51,7 @@ def test_a_killed_copy_goes_on_from_its_checkpoint(
         target=copy_in_a_process, args=(small_batches(ferry, attempt=2), reports)
     )
     process.start()
-    while reports.get(timeout=60) < 1200:
+    while reports.get(timeout=30) < 1200:
         pass
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)

@@ -38,8 +38,8 @@ FAULTS = {
         ("public.issues", "1", "differs"),
     ),
     "a missing row": (
-        "DELETE FROM events WHERE organization_id = 1 AND id = 1",
-        ("public.events", "1, 1", "missing at destination"),
+        "DELETE FROM events WHERE organization_id = 1 AND id = 2",
+        ("public.events", "1, 2", "missing at destination"),
     ),
     "an extra row": (
         "INSERT INTO events VALUES (1, 5000, 'extra')",
@@ -54,9 +54,9 @@ FAULTS = {
         ("public.issues", "1", "missing at destination"),
     ),
     "swapped values": (
-        "UPDATE events SET what = CASE id WHEN 1 THEN 'event 3' ELSE 'event 1' END"
-        " WHERE organization_id = 1 AND id IN (1, 3)",
-        ("public.events", "1, 1", "differs"),
+        "UPDATE events SET what = CASE id WHEN 2 THEN 'event 4' ELSE 'event 2' END"
+        " WHERE organization_id = 1 AND id IN (2, 4)",
+        ("public.events", "1, 2", "differs"),
     ),
     "an orphan": (
         "UPDATE issues SET id = 2001, project_id = 555 WHERE id = 1999;"
@@ -94,19 +94,19 @@ def test_a_doubled_row_is_found(copied: tuple[Ferry, PostgresMove]) -> None:
     damage(
         ferry,
         "ALTER TABLE events DROP CONSTRAINT events_pkey;"
-        "INSERT INTO events SELECT * FROM events WHERE organization_id = 1 AND id = 1",
+        "INSERT INTO events SELECT * FROM events WHERE organization_id = 1 AND id = 2",
     )
 
     (mismatch,) = move.verify().mismatches
-    assert (mismatch.part, mismatch.key, mismatch.reason) == ("public.events", "1, 1", "differs")
+    assert (mismatch.part, mismatch.key, mismatch.reason) == ("public.events", "1, 2", "differs")
 
 
 def test_faults_that_cancel_each_other_out_are_found(copied: tuple[Ferry, PostgresMove]) -> None:
     ferry, move = copied
     damage(
         ferry,
-        "DELETE FROM events WHERE organization_id = 1 AND id = 1;"
-        "INSERT INTO events VALUES (1, 5000, 'event 1')",
+        "DELETE FROM events WHERE organization_id = 1 AND id = 2;"
+        "INSERT INTO events VALUES (1, 5000, 'event 2')",
     )
 
     assert move.verify().mismatch_count == 2
@@ -135,7 +135,7 @@ def test_a_dirty_key_excuses_no_other_key(copied: tuple[Ferry, PostgresMove]) ->
 
 def test_other_organizations_faults_are_not_ours(copied: tuple[Ferry, PostgresMove]) -> None:
     ferry, move = copied
-    damage(ferry, "UPDATE issues SET project_id = 123456 WHERE id = 900001")
+    damage(ferry, "UPDATE issues SET title = 'damaged' WHERE id = 900001")
 
     assert move.verify().ok
 

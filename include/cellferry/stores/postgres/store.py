@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import psycopg
 from psycopg import sql
 
-from cellferry.errors import Blocked, VerificationFailed, WrongState
+from cellferry.errors import Blocked, NotPrepared, VerificationFailed, WrongState
 from cellferry.model import (
     Blocker,
     Cell,
@@ -249,17 +249,31 @@ class PostgresMove(StoreMove):
     def open_capture(self) -> None:
         """Gate the destination, arm the source, and note what the key log does not see."""
         organization = self.move.organization.id
+        self._insist_on_prepared_cells()
         self._intend(Side.DESTINATION, "gate", organization)
         self._intend(Side.DESTINATION, "checkpoint", str(self.move.migration))
         with sessions.translate_errors(self._where(Side.DESTINATION)):
-            gate.import_gate(self._connection(Side.DESTINATION), self.move)
+            gate.import_gate(self._connection(Side.DESTINATION), self.move, self._progress)
         self._intend(Side.SOURCE, "gate", organization)
         self._intend(Side.SOURCE, "key_log", organization)
         with sessions.translate_errors(self._where(Side.SOURCE)):
-            gate.arm(self._connection(Side.SOURCE), self.move)
+            gate.arm(self._connection(Side.SOURCE), self.move, self._progress)
         with self._errors():
             if not layout.noted(self._destination, self.move.migration):
                 self._note_layouts(self._read_layouts())
+
+    def _insist_on_prepared_cells(self) -> None:
+        for side in Side:
+            where = self._where(side)
+            with sessions.translate_errors(where):
+                missing = prepare.is_prepared(self._connection(side), self._map)
+            if missing:
+                raise NotPrepared(
+                    f"{where} lacks {missing[0]}"
+                    + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
+                    hint=f"cellferry prepare {self.move.cell(side).name}",
+                    where=where,
+                )
 
     def copy(self) -> Copied:
         """Copy everything from the last checkpoints on."""
@@ -483,7 +497,12 @@ class PostgresMove(StoreMove):
         connection = self._connection(side)
         migration, organization = self.move.migration, self.move.organization.id
         with sessions.translate_errors(self._where(side)):
-            gate.retire(connection, self.move)
+            for statement in (
+                "DELETE FROM cellferry.checkpoint WHERE migration = %s",
+                "DELETE FROM cellferry.imported_row WHERE migration = %s",
+            ):
+                connection.execute(statement, (migration,))
+            gate.drop_lease(connection, self.move)
         for kind, name in (
             ("gate", organization),
             ("key_log", organization),
