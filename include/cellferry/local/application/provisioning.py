@@ -69,14 +69,15 @@ def provision_organizations(place: Place, organizations: Iterable[str]) -> None:
         known = set(client.acl_users())
         for organization in organizations:
             user = acl_user(organization)
+            secret = f">{password(place.secret, user)}"
             if user in known:  # it may be gated: a repetition must not open it
+                pipeline.execute_command("ACL", "SETUSER", user, "resetpass", secret)
                 continue
             pipeline.execute_command(
-                "ACL", "SETUSER", user, "reset", "on",
-                f">{password(place.secret, user)}",
-                f"~{key(organization, '*')}", f"%R~{gate_key(organization)}",
-                "+@all", "-@admin", "-@dangerous", "+info",
-            )  # fmt: skip
+                *("ACL", "SETUSER", user, "reset", "on", secret),
+                *(f"~{key(organization, '*')}", f"%R~{gate_key(organization)}"),
+                *("+@all", "-@admin", "-@dangerous", "+info"),
+            )
         pipeline.execute()
         if client.config_get("aclfile").get("aclfile"):
             client.execute_command("ACL", "SAVE")
