@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import contextlib
 import json
 import os
 import shutil
@@ -25,16 +26,17 @@ from cellferry.local.roles import METADATA
 from cellferry.local.server_process import ServerFailed, ServerProcess
 
 API_SERVER = "airflow-api-server"
+SCHEDULER = "airflow-scheduler"
 COMMANDS: Mapping[str, tuple[str, ...]] = {
     API_SERVER: ("api-server", "--host", HOST, "--workers", "1"),
     # The log servers of these two would listen on every interface, and nobody needs them here:
     # the API server reads the same files.
-    "airflow-scheduler": ("scheduler", "--skip-serve-logs"),
+    SCHEDULER: ("scheduler", "--skip-serve-logs"),
     "airflow-triggerer": ("triggerer", "--skip-serve-logs"),
     "airflow-dag-processor": ("dag-processor",),
 }
 HEALTH_KEYS: Mapping[str, str] = {
-    "airflow-scheduler": "scheduler",
+    SCHEDULER: "scheduler",
     "airflow-triggerer": "triggerer",
     "airflow-dag-processor": "dag_processor",
 }
@@ -218,8 +220,13 @@ class AirflowComponent:
         )
 
     def stop(self) -> None:
-        """End it and every process of its session."""
-        self._process.stop((signal.SIGTERM, 10.0))
+        """End it and every process of its session.
+
+        The scheduler waits a while for its tasks; those that go on longer are killed, and
+        retried after the next start.
+        """
+        patience = 10.0 if self.name == SCHEDULER else 5.0
+        self._process.stop((signal.SIGTERM, patience))
 
     def kill(self) -> None:
         """SIGKILL it and every process of its session."""
@@ -228,6 +235,19 @@ class AirflowComponent:
     def log_tail(self) -> str:
         """The end of its log."""
         return self._process.log_tail()
+
+
+def warm_up(port: int, timeout: float = 60.0) -> None:
+    """Make the API server build the part that tasks talk to.
+
+    It does so at the first request, which takes seconds; a task's own first request would
+    time out on a busy machine. No answer is no error: the tasks retry.
+    """
+    with (
+        contextlib.suppress(httpx.HTTPError),
+        httpx.Client(trust_env=False, timeout=timeout) as client,
+    ):
+        client.get(f"{base_url(port)}/execution/health")
 
 
 @dataclass(frozen=True, slots=True)

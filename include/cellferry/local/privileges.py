@@ -12,6 +12,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from cellferry.errors import CellferryError
+
 _CANDIDATES = ("nobody", "daemon")
 
 
@@ -24,7 +26,7 @@ class Account:
     gid: int
 
 
-class NoAccount(RuntimeError):
+class NoAccount(CellferryError):
     """The machine has no ordinary account to run PostgreSQL with."""
 
 

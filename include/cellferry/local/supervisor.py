@@ -266,6 +266,8 @@ class Supervisor:
                 trouble = health.trouble(name, since)
                 if trouble is None:
                     del waiting[name]
+                    if name == API_SERVER:
+                        airflow_components.warm_up(component.port)
                     self._say("ready", name, seconds=time.monotonic() - began)
                 elif not component.is_running:
                     if name == API_SERVER and not is_free(component.port):
