@@ -339,13 +339,6 @@ REFUSED = {
         ),
         "DEFERRABLE",
     ),
-    "a generated primary key": (
-        (
-            f"{ORGANIZATIONS} CREATE TABLE things (org int NOT NULL REFERENCES organizations,"
-            " n int GENERATED ALWAYS AS (org * 2) STORED PRIMARY KEY)"
-        ),
-        "generated",
-    ),
     "a large object": (f"{THINGS} ALTER TABLE things ADD picture oid", "plain_numbers"),
     "a large object behind a domain": (
         f"{THINGS} CREATE DOMAIN lo AS oid; ALTER TABLE things ADD picture lo",
@@ -527,6 +520,16 @@ def test_virtual_generated_columns_do_not_travel(database: Connection) -> None:
     )
     table = discover(database).by_name[Name("public", "things")]
     assert [column.name for column in table.copied_columns] == ["id", "org", "a"]
+
+
+def test_a_generated_column_can_be_the_key(database: Connection) -> None:
+    database.execute(
+        f"{ORGANIZATIONS} CREATE TABLE things (org int NOT NULL REFERENCES organizations,"
+        " n int GENERATED ALWAYS AS (org * 2) STORED PRIMARY KEY)"
+    )
+    data_map = discover(database)
+    require_supported(data_map)
+    assert data_map.by_name[Name("public", "things")].primary_key == ("n",)
 
 
 def test_sequences_of_all_kinds_are_found(database: Connection) -> None:

@@ -12,10 +12,12 @@ import pytest
 from psycopg import sql
 
 from cellferry.model import Blocker, Cell, Endpoint
+from cellferry.stores.postgres import cell_conditions
 from cellferry.stores.postgres.data_map import discover
 from cellferry.stores.postgres.data_map_file import parse
 from cellferry.stores.postgres.preflight import inventory, preflight
-from fixtures.postgres import FreshDatabases, postgres_versions
+from cellferry.stores.postgres.prepare import prepare
+from fixtures.postgres import FreshDatabases, MakeServer, postgres_versions
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
@@ -94,6 +96,7 @@ class Cells:
         *,
         file: str = FILE,
         roles: Mapping[str, str] | None = None,
+        leave_out: frozenset[str] = EXPECTED,
     ) -> list[Blocker]:
         """All findings that are not expected of an unprepared cell."""
         data_map = discover(self.source, parse(file))
@@ -112,7 +115,7 @@ class Cells:
         finally:
             for connection in (self.source, self.destination):
                 connection.execute("RESET ROLE")
-        return [blocker for blocker in found if blocker.code not in EXPECTED]
+        return [blocker for blocker in found if blocker.code not in leave_out]
 
     def both(self, statements: str) -> None:
         for connection in (self.source, self.destination):
@@ -517,6 +520,68 @@ def test_a_cell_that_was_never_prepared_says_so(cells: Cells) -> None:
     )
     fatal = [(one.code, one.where) for one in found if one.fatal]
     assert fatal == [("not-prepared", "cell-1/postgres"), ("not-prepared", "cell-2/postgres")]
+
+
+class Quiet:
+    """A progress sink that nobody watches."""
+
+    def report(self, *_: object, **__: object) -> None: ...
+
+    def check(self) -> None: ...
+
+
+def prepare_both(cells: Cells, mover: str) -> None:
+    for name, connection in (("cell-1", cells.source), ("cell-2", cells.destination)):
+        cell = Cell(name, {"postgres": Endpoint(f"postgresql://{mover}@nowhere/")})
+        prepare(connection, discover(connection, parse(FILE)), cell, Quiet())
+
+
+def everything(cells: Cells, mover: str) -> list[Blocker]:
+    """All findings of a mover in prepared cells; the servers of tests do not sync their disks."""
+    return cells.check(
+        roles={"source": mover, "destination": mover}, leave_out=frozenset({"durability"})
+    )
+
+
+def test_what_prepare_installs_and_grants_is_all_that_a_move_needs(
+    cells: Cells, mover: str
+) -> None:
+    prepare_both(cells, mover)
+    assert not everything(cells, mover)
+
+
+def test_a_table_that_came_after_the_preparation_has_no_gate(cells: Cells, mover: str) -> None:
+    prepare_both(cells, mover)
+    cells.both(
+        "CREATE TABLE late (id int PRIMARY KEY, organization_id bigint NOT NULL"
+        " REFERENCES organizations)"
+    )
+    found = everything(cells, mover)
+    assert {one.code for one in found} == {"not-prepared", "missing-privilege"}
+    assert all("late" in one.reason for one in found)
+
+
+def test_a_long_transaction_at_the_source_is_named(
+    cells: Cells, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cell_conditions, "LONG_TRANSACTION_S", 0.0)
+    with psycopg.connect(cells.urls.source) as writer:
+        writer.execute("UPDATE projects SET slug = 'three' WHERE id = 10")
+        found = only(cells.check(), "long-transaction")
+        assert f"session {writer.info.backend_pid} " in found.reason
+        assert not found.fatal
+
+
+def test_a_prepared_transaction_is_named(cells: Cells, own_postgres: MakeServer) -> None:
+    server = own_postgres(settings={"max_prepared_transactions": "2"})
+    with psycopg.connect(server.url(), autocommit=True) as source:
+        source.execute(SCHEMA + SEED + SOURCE + SOURCE_RANGE)
+        source.execute("BEGIN")
+        source.execute("UPDATE projects SET slug = 'three' WHERE id = 10")
+        source.execute("PREPARE TRANSACTION 'left behind'")
+        cells.source = source
+        found = only(cells.check(), "prepared-transaction")
+        assert "'left behind'" in found.reason
 
 
 def test_a_full_destination_blocks(cells: Cells) -> None:

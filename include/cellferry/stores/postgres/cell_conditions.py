@@ -11,19 +11,17 @@ from typing import Any
 from psycopg import sql
 
 from cellferry.model import Blocker, Side
+from cellferry.stores.postgres import prepare
 from cellferry.stores.postgres.catalog import (
-    OWN_TRIGGERS,
     Catalog,
     CatalogSequence,
     queries,
 )
 from cellferry.stores.postgres.examination import Examination, Site, listed, warning
-from cellferry.stores.postgres.schema import Name, Placement, Table
+from cellferry.stores.postgres.schema import DataMap, Name, Placement, Table
 
-GATE_TRIGGER = "zz_cellferry_gate"
-
-#: What `prepare_cell` makes in the schema `cellferry`, as far as a move needs it.
-OWN_TABLES = frozenset({"gate", "key_log", "lease", "checkpoint", "imported_row"})
+LONG_TRANSACTION_S = 10.0
+"""Writing transactions older than this are named; the arming of a gate waits for all of them."""
 
 CONNECTIONS_NEEDED = 6
 """Sessions that one move holds in one cell at its busiest moment."""
@@ -31,7 +29,7 @@ CONNECTIONS_NEEDED = 6
 
 def check_cell(examination: Examination, site: Site, side: Side) -> Iterator[Blocker]:
     """Yield what this cell lacks. Tables that cannot be read become unusable for later checks."""
-    yield from _prepared(examination, site)
+    yield from _prepared(examination.data_map, site)
     yield from _privileges(examination, site)
     yield from _role(site)
     yield from _connections(site)
@@ -44,46 +42,12 @@ def _rows(site: Site, name: str, **arguments: Any) -> list[tuple[Any, ...]]:
         return cursor.execute(queries("cell_conditions.sql")[name], arguments).fetchall()
 
 
-def _prepared(examination: Examination, site: Site) -> Iterator[Blocker]:
-    remedy = f"cellferry prepare {site.cell.name}, or the DAG prepare_cell"
-    made = {name for (name,) in _rows(site, "own_objects")}
-    if not made:
-        yield Blocker("not-prepared", site.where(), "the cell was never prepared", remedy)
-        return
-    if missing := sorted(OWN_TABLES - made):
-        yield Blocker(
-            "not-prepared",
-            site.where(),
-            f"cellferry.{', cellferry.'.join(missing)} is missing",
-            remedy,
-        )
-    ungated: list[str] = []
-    disabled: list[str] = []
-    for table in (*examination.data_map.owned, *examination.data_map.referenced):
-        relation = site.catalog.by_name.get(table.name)
-        if relation is None:
-            continue  # a difference of the schemas, which is reported as such
-        ours = [one for one in relation.triggers if one.name.startswith(OWN_TRIGGERS)]
-        if table.placement is Placement.OWNED:
-            ours = [one for one in ours if one.name == GATE_TRIGGER]
-        if not ours:
-            ungated.append(str(table.name))
-        elif any(one.enabled == "D" for one in ours):
-            disabled.append(str(table.name))
-    if ungated:
-        yield Blocker(
-            "not-prepared",
-            site.where(),
-            f"{len(ungated)} tables have no gate: {listed(ungated)}",
-            remedy,
-        )
-    if disabled:
-        yield Blocker(
-            "not-prepared",
-            site.where(),
-            f"the gate of {len(disabled)} tables is disabled: {listed(disabled)}",
-            f"ALTER TABLE … ENABLE TRIGGER {GATE_TRIGGER}, or {remedy}",
-        )
+def _prepared(data_map: DataMap, site: Site) -> Iterator[Blocker]:
+    moved = (*data_map.owned, *data_map.referenced)
+    if all(table.name in site.catalog.by_name for table in moved):  # else the schemas differ
+        with site.connection.transaction():
+            found = prepare.check(site.connection, data_map, site.cell)
+        yield from found
 
 
 _NEEDED = {
@@ -181,7 +145,9 @@ def _connections(site: Site) -> Iterator[Blocker]:
 
 def _transactions(site: Site, side: Side) -> Iterator[Blocker]:
     if side is Side.SOURCE:
-        for pid, user, application, seconds, age in _rows(site, "long_transactions"):
+        for pid, user, application, seconds, age in _rows(
+            site, "long_transactions", seconds=LONG_TRANSACTION_S
+        ):
             since = f"for {seconds:,.0f} s" if seconds is not None else f"{age} transactions ago"
             if seconds is None and age < 10_000:
                 continue

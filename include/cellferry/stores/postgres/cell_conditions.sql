@@ -26,12 +26,6 @@ SELECT current_user::text AS role,
 FROM pg_roles AS r
 WHERE r.rolname = current_user;
 
--- name: own_objects
-SELECT c.relname::text
-FROM pg_class AS c
-JOIN pg_namespace AS n ON n.oid = c.relnamespace
-WHERE n.nspname = 'cellferry' AND c.relkind = 'r';
-
 -- name: connections
 SELECT current_setting('max_connections')::int
            - current_setting('superuser_reserved_connections')::int
@@ -56,7 +50,7 @@ WHERE l.locktype = 'transactionid'
   AND l.granted
   AND a.datname = current_database()
   AND l.pid <> pg_backend_pid()
-  AND (a.xact_start IS NULL OR a.xact_start < clock_timestamp() - interval '10 seconds')
+  AND (a.xact_start IS NULL OR a.xact_start < clock_timestamp() - make_interval(secs => %(seconds)s))
 ORDER BY age(l.transactionid) DESC
 LIMIT 20;
 

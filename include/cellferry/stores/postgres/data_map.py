@@ -280,7 +280,7 @@ def _find_owners(
                 name: {
                     column.name: column.not_null
                     for column in relation.columns
-                    if not column.generated
+                    if column.generated != "v"  # no trigger sees a virtual column's value
                 }
                 for name, relation in relations.items()
             },
@@ -434,15 +434,15 @@ def _row_keys(relation: Relation) -> list[CatalogIndex]:
         and not index.deferrable
         and index.predicate is None
         and (index.primary or not index.exclusion)
-        and all(
-            name
-            and relation.by_column[name].not_null
-            # a BEFORE trigger does not see a generated column's value
-            and not relation.by_column[name].generated
-            for name in index.columns
-        )
+        and all(name and relation.by_column[name].not_null for name in index.columns)
     ]
-    return sorted(usable, key=lambda index: (not index.primary, len(index.columns), index.name))
+
+    def preference(index: CatalogIndex) -> tuple[bool, bool, int, str]:
+        # the gate of a table with a generated key fires later than others
+        generated = any(relation.by_column[name].generated for name in index.columns)
+        return not index.primary, generated, len(index.columns), index.name
+
+    return sorted(usable, key=preference)
 
 
 def _row_key(relation: Relation, wanted: tuple[str, ...] | None) -> tuple[str, ...]:

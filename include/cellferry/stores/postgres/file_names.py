@@ -149,10 +149,10 @@ class _Lookup:
     def usable_columns(self, place: str, table: Name, columns: Iterable[str]) -> tuple[str, ...]:
         found = self.columns(place, table, columns)
         for column in found:
-            if self.relations[table].by_column[column].generated:
+            if self.relations[table].by_column[column].generated == "v":
                 raise self.file.fault(
                     place,
-                    f"{table}.{column} is a generated column, which a trigger does not see",
+                    f"{table}.{column} is a virtual column, which a trigger does not see",
                     "use the columns that it is generated from",
                 )
         return found
@@ -310,15 +310,11 @@ class _Lookup:
             and not index.deferrable
             and (index.primary or not index.exclusion)
             for index in relation.indexes
-        ) or any(
-            not relation.by_column[column].not_null or relation.by_column[column].generated
-            for column in columns
-        ):
+        ) or any(not relation.by_column[column].not_null for column in columns):
             raise self.file.fault(
                 place,
                 f"no unique index of {table} over just these columns identifies every row",
-                "it must be unique, not partial, not deferrable, over NOT NULL columns that are"
-                " not generated",
+                "it must be unique, not partial, not deferrable, over NOT NULL columns",
             )
         return columns
 

@@ -45,7 +45,7 @@ class Graph:
 
     Attributes:
         columns: usable columns of each candidate table and whether they are NOT NULL, in order.
-            Generated columns are left out: a trigger does not see their value.
+            Virtual columns are left out: a trigger does not see their value.
         stated: links that the file gives; they replace what would be found.
         closed: tables that the file places otherwise; no path starts or passes there.
         key_columns: names that always mean the organization's key.

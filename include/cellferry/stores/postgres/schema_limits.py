@@ -116,8 +116,6 @@ def _row_key(table: Table, relation: Relation) -> Iterator[Refusal]:
     for index in relation.indexes:
         if index.primary and index.deferrable:
             why = f"its primary key {index.name} is DEFERRABLE, which a move cannot rely on"
-        elif index.primary:
-            why = f"its primary key {index.name} includes a generated column"
     yield Refusal(
         table=str(table.name),
         reason=f"{why}, and no unique index over NOT NULL columns can stand in",
