@@ -470,6 +470,16 @@ def test_what_a_reviewer_should_know_is_noted(
     assert expected in notes(database)["public.things"]
 
 
+def test_a_large_table_without_an_index_on_its_owner_is_noted(database: Connection) -> None:
+    database.execute(
+        f"{THINGS} INSERT INTO organizations VALUES (1);"
+        "INSERT INTO things SELECT n, 1 FROM generate_series(1, 20000) n; ANALYZE"
+    )
+    assert "no index begins with org" in notes(database)["public.things"]
+    database.execute("CREATE INDEX ON things (org)")
+    assert "public.things" not in notes(database)
+
+
 def test_a_materialized_view_is_noted(database: Connection) -> None:
     database.execute(f"{THINGS} CREATE MATERIALIZED VIEW sizes AS SELECT count(*) FROM things")
     assert "materialized" in notes(database)["public.sizes"]

@@ -105,6 +105,8 @@ class Relation:
     columns: tuple[CatalogColumn, ...] = ()
     constraints: tuple[CatalogConstraint, ...] = ()
     indexes: tuple[CatalogIndex, ...] = ()
+    leading_columns: frozenset[str] = frozenset()
+    """Columns that some index, not a partial one, begins with."""
     triggers: tuple[CatalogTrigger, ...] = ()
     rules: tuple[CatalogTrigger, ...] = ()
 
@@ -254,7 +256,14 @@ def read_catalog(
         oids = [row["oid"] for row in found]
         parts = {
             name: _by_relation(rows(name, relations=oids))
-            for name in ("columns", "constraints", "indexes", "triggers", "rules")
+            for name in (
+                "columns",
+                "constraints",
+                "indexes",
+                "leading_columns",
+                "triggers",
+                "rules",
+            )
         }
         types = {
             row["oid"]: CatalogType(**{**row, "attributes": tuple(row["attributes"])})
@@ -337,6 +346,7 @@ def _relation(
             )
             for found in of("indexes")
         ),
+        leading_columns=frozenset(found["name"] for found in of("leading_columns")),
         triggers=tuple(CatalogTrigger(**found) for found in of("triggers")),
         rules=tuple(CatalogTrigger(**found) for found in of("rules")),
     )

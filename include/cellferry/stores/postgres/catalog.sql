@@ -172,6 +172,15 @@ WHERE (i.indisunique OR i.indisexclusion)
   AND i.indrelid = ANY(%(relations)s::oid[])
 ORDER BY i.indrelid, c.relname COLLATE "C";
 
+-- name: leading_columns
+SELECT DISTINCT i.indrelid::bigint AS relation, a.attname::text AS name
+FROM pg_index AS i
+JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+WHERE i.indisvalid
+  AND i.indpred IS NULL
+  AND i.indrelid = ANY(%(relations)s::oid[])
+ORDER BY 1, 2;
+
 -- name: triggers
 SELECT t.tgrelid::bigint AS relation,
        t.tgname::text AS name,

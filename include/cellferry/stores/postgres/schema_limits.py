@@ -9,6 +9,9 @@ from cellferry.stores.postgres.file_names import Stated
 from cellferry.stores.postgres.owner_paths import MAX_PATHS, Owners
 from cellferry.stores.postgres.schema import DataMap, Name, Placement, Refusal, Table
 
+LARGE_TABLE_ROWS = 10_000
+"""Estimated rows from which a missing index is worth a note."""
+
 _MOVED = frozenset({Placement.OWNED, Placement.REFERENCED})
 
 #: Base types of an organization's key for which equal values have equal text, under any setting.
@@ -44,6 +47,7 @@ def find_limits(
         yield from _uniques(table)
         if table.placement is Placement.OWNED:
             yield from _ownership(table, data_map, owners)
+            yield from _indexes(table, relation)
         elif not _is_reached(table, data_map):
             yield Refusal(
                 table=str(table.name),
@@ -250,6 +254,20 @@ def _ownership(table: Table, data_map: DataMap, owners: Owners) -> Iterator[Refu
         f"{why}: a row without an owner is nobody's and does not move",
         f"review tables.{name}.owners; plan counts such rows",
     )
+
+
+def _indexes(table: Table, relation: Relation) -> Iterator[Refusal]:
+    if table.estimated_rows < LARGE_TABLE_ROWS:
+        return
+    for path in table.owners:
+        columns = path.hops[0].columns if path.hops else (path.column,)
+        if not relation.leading_columns.intersection(columns):
+            yield _note(
+                str(table.name),
+                f"no index begins with {' or '.join(columns)}: plan, copy, verify and clean-up read"
+                " the whole table for each organization",
+                "CREATE INDEX CONCURRENTLY on it, in every cell",
+            )
 
 
 def _is_reached(table: Table, data_map: DataMap) -> bool:
