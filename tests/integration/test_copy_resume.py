@@ -121,28 +121,33 @@ def test_a_newer_attempt_stops_an_older_copy(ferry: Ferry) -> None:
     assert ferry.content(Side.DESTINATION, 1)["projects"] == []
 
 
-def test_a_unique_value_that_moves_between_batches_is_no_collision(ferry: Ferry) -> None:
+def test_a_unique_value_that_moves_between_batches_is_no_collision(
+    ferry: Ferry, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # project 2 is copied with its name; then project 40 takes the name over, before its batch
+    swapped: list[bool] = []
+
     def swap() -> None:
-        if ferry.content(Side.DESTINATION, 1)["projects"] and not swapped:
+        if not swapped and ferry.content(Side.DESTINATION, 1)["projects"]:
             swapped.append(True)
             ferry.run(
                 Side.SOURCE,
                 "UPDATE projects SET name = 'other' WHERE id = 2;"
                 "UPDATE projects SET name = 'project 2' WHERE id = 40",
             )
+        elif swapped:
+            monkeypatch.setattr(copier, "STRETCH_S", 60.0)
 
-    swapped: list[bool] = []
+    # each batch of projects reads anew, so that a later one sees the change
+    ferry.run(Side.SOURCE, "DELETE FROM events; DELETE FROM issues WHERE id > 50")
+    monkeypatch.setattr(copier, "STRETCH_S", 0.0)
     ferry.progress.on_check = swap
     with ferry.opened(ferry.move(limits=Limits(batch_rows=5))) as move:
         move.open_capture()
-        # each batch reads anew, so that the later one sees the change
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(copier, "STRETCH_S", 0.0)
-            move.copy()
+        move.copy()
+        assert swapped
         while move.sync().remaining:
             pass
-        assert swapped
         assert move.verify().ok
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import psycopg
 from psycopg import sql
 
-from cellferry.errors import Blocked, NotPrepared, VerificationFailed, WrongState
+from cellferry.errors import Blocked, NotPrepared, Unreachable, VerificationFailed, WrongState
 from cellferry.model import (
     Blocker,
     Cell,
@@ -210,11 +210,27 @@ class PostgresMove(StoreMove):
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """Name both cells in errors of which the driver does not say whose they are."""
-        with sessions.translate_errors(
-            f"{self._where(Side.SOURCE)} to {self._where(Side.DESTINATION)}"
+        """Name both cells in errors of which the driver does not say whose they are.
+
+        A newer attempt ends the sessions of older ones: that is a lost lease, and trying again
+        would only take it back.
+        """
+        where = f"{self._where(Side.SOURCE)} to {self._where(Side.DESTINATION)}"
+        try:
+            with sessions.translate_errors(where):
+                yield
+        except Unreachable as error:
+            if isinstance(error.__cause__, psycopg.errors.AdminShutdown):
+                self._insist_on_lease()
+            raise
+
+    def _insist_on_lease(self) -> None:
+        with (
+            sessions.translate_errors(self._where(Side.SOURCE)),
+            _closing(_endpoint(self.move.source).url, "lease", self.move) as connection,
+            connection.transaction(),
         ):
-            yield
+            gate.hold_lease(connection, self.move)
 
     # ── plan ────────────────────────────────────────────────────────────────────────────────────
 
