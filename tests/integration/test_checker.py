@@ -57,26 +57,33 @@ def test_an_honest_run_has_no_faults(sample: Sample) -> None:
                      id="a trigger wrote for a moved row"),
     ],
 )  # fmt: skip
-def test_a_fault_in_postgres_is_found(sample: Sample, statement: str, fault: str) -> None:
-    sample.write()
-    with sample.postgres() as connection:
+def test_a_fault_in_postgres_is_found(written_sample: Sample, statement: str, fault: str) -> None:
+    before = written_sample.faults()
+    with written_sample.postgres() as connection:
         connection.execute("SET session_replication_role = replica")
         assert connection.execute(statement.encode()).rowcount == 1
-    assert set(sample.faults()) == {fault}
+    assert set(written_sample.new_faults(before)) == {fault}
 
 
-def test_a_lost_counter_increment_in_redis_is_found(sample: Sample) -> None:
-    sample.write()
-    with sample.redis() as client:
+def test_a_lost_counter_increment_in_redis_is_found(written_sample: Sample) -> None:
+    before = written_sample.faults()
+    with written_sample.redis() as client:
         client.decr("org:{102}:live:counter:requests")
-    assert sample.faults() == {"lost": 1}
+    assert written_sample.new_faults(before) == {"lost": 1}
 
 
-def test_a_job_that_is_queued_twice_is_found(sample: Sample) -> None:
-    sample.write()
-    with sample.redis() as client:
+def test_a_job_that_is_queued_twice_is_found(written_sample: Sample) -> None:
+    before = written_sample.faults()
+    with written_sample.redis() as client:
         client.lpush(QUEUE, client.lindex(QUEUE, 0))
-    assert sample.faults() == {"doubled": 1}
+    assert written_sample.new_faults(before) == {"doubled": 1}
+
+
+def test_another_organizations_key_that_changed_is_found(written_sample: Sample) -> None:
+    before = written_sample.faults()
+    with written_sample.redis() as client:
+        client.hset("org:{103}:cold:profile:4", "visits", 99)
+    assert written_sample.new_faults(before) == {"foreign": 1}
 
 
 def test_a_lost_stream_entry_is_found(sample: Sample) -> None:
@@ -106,13 +113,6 @@ def test_a_lost_expiry_is_found(sample: Sample) -> None:
         longest = max(names, key=client.pexpiretime)
         client.persist(longest)
     assert sample.faults() == {"changed": 1}
-
-
-def test_another_organizations_key_that_changed_is_found(sample: Sample) -> None:
-    sample.write()
-    with sample.redis() as client:
-        client.hset("org:{103}:cold:profile:4", "visits", 99)
-    assert sample.faults() == {"foreign": 1}
 
 
 def test_an_unacknowledged_write_may_be_there_once_or_not(sample: Sample) -> None:

@@ -13,6 +13,7 @@ import redis
 
 from cellferry.local.application.ledger import Outcome
 from cellferry.local.application.provisioning import RANGE, provision, provision_organizations
+from fixtures.postgres import postgres_versions
 from fixtures.sample import Sample
 
 
@@ -165,3 +166,25 @@ def test_a_second_run_goes_on_where_the_first_ended(sample: Sample) -> None:
             time.sleep(1)
     assert sample.check().faults == []
     assert {one.session[:2] for one in sample.application.ledger().operations} == {"r1", "r2"}
+
+
+def test_connections_cut_while_they_commit_lose_and_double_nothing(sample: Sample) -> None:
+    with sample.application.start_traffic(300):
+        for _ in range(10):
+            time.sleep(0.15)
+            with sample.postgres() as connection, sample.redis() as client:
+                connection.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                    " WHERE application_name LIKE 'sample%' AND datname = current_database()"
+                )
+                client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    checked = sample.check()
+    assert checked.faults == []
+    assert checked.unknown > 0, "no outcome was lost: the test shows nothing"
+
+
+@postgres_versions
+def test_writers_work_on_every_version(sample: Sample) -> None:
+    sample.write("101")
+    sample.write("104")
+    assert sample.check().faults == []

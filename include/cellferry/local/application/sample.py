@@ -52,6 +52,7 @@ class Application:
         self.directory = directory.resolve()
         self._topology = topology
         self._topology_url = resolve("cellferry-topology", connections)
+        self._read: tuple[int, Ledger] | None = None
         self.places: Mapping[str, Place] = places(cells, connections, self.directory)
 
     def provision(self) -> None:
@@ -161,8 +162,11 @@ class Application:
         ).start()
 
     def ledger(self) -> Ledger:
-        """Read the ledgers of all writers of all runs."""
-        return ledger.read_ledger(self._ledger_files())
+        """Read the ledgers of all writers of all runs; again only when they have grown."""
+        size = sum(path.stat().st_size for path in self._ledger_files())
+        if self._read is None or self._read[0] != size:
+            self._read = (size, ledger.read_ledger(self._ledger_files()))
+        return self._read[1]
 
     def baseline(self) -> Baseline:
         """Return what was in the cells before the first writer."""
