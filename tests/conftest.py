@@ -1,3 +1,9 @@
 """Registers the fixture plugins: one file for each kind of server, in `tests/fixtures`."""
 
-pytest_plugins = ["fixtures.postgres", "fixtures.valkey", "fixtures.ferry", "fixtures.sample"]
+pytest_plugins = [
+    "fixtures.postgres",
+    "fixtures.valkey",
+    "fixtures.ferry",
+    "fixtures.sample",
+    "fixtures.cells",
+]
