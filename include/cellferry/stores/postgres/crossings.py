@@ -259,8 +259,7 @@ def _inbound(
             "inbound-reference",
             where,
             reason,
-            "they lead nowhere after clean-up: delete them before it, or make the application"
-            " expect that",
+            "clean-up refuses while they are there: delete or change them before it",
         )
     else:
         yield Blocker(

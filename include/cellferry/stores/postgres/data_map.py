@@ -41,6 +41,7 @@ from cellferry.stores.postgres.schema import (
     Sequence as MapSequence,
 )
 from cellferry.stores.postgres.schema_limits import find_limits
+from cellferry.stores.postgres.table_order import parents_first
 
 __all__ = ["build", "discover", "render_for_review", "require_supported", "show"]
 
@@ -476,29 +477,17 @@ def _sequences(catalog: Catalog, placements: Mapping[Name, Placement]) -> tuple[
 def _in_order(
     tables: Sequence[Table], foreign_keys: Sequence[ForeignKey], organization: Name
 ) -> tuple[Table, ...]:
-    """Parents before children; a cycle is entered where the fewest parents are missing."""
+    """Parents before children."""
     by_name = {table.name: table for table in tables}
-    parents: dict[Name, set[Name]] = {name: set() for name in by_name}
+    owners = {
+        table.name: {path.hops[0].parent for path in table.owners if path.hops} for table in tables
+    }
+    parents = {name: set(above) for name, above in owners.items()}
     for key in foreign_keys:
-        if key.child in parents and key.parent in by_name and not key.optional:
+        if not key.optional:
             parents[key.child].add(key.parent)
-    for table in tables:
-        for path in table.owners:
-            if path.hops:
-                parents[table.name].add(path.hops[0].parent)
-    for name, above in parents.items():
-        above.discard(name)
-    parents[organization].clear()
-    ordered: list[Table] = []
-    while parents:
-        ready = sorted((name for name, above in parents.items() if not above), key=str)
-        chosen = ready or [min(parents, key=lambda name: (len(parents[name]), str(name)))]
-        for name in chosen:
-            del parents[name]
-            ordered.append(by_name[name])
-        for above in parents.values():
-            above.difference_update(chosen)
-    return tuple(ordered)
+    parents[organization] = set()
+    return tuple(by_name[name] for name in parents_first(parents, owners))
 
 
 def _fingerprint(catalog: Catalog, data_map: DataMap) -> str:
