@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 import time
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import get_current_context, task
 
 from cellferry.orchestration.retry_policy import BRIEF, PATIENT
 from cellferry.orchestration.step_run import FAILURE, leave_reason, step_context
+
+if TYPE_CHECKING:
+    from cellferry.migration import Context
+    from cellferry.model import Migration
 
 log = logging.getLogger(__name__)
 
@@ -112,15 +116,14 @@ def replay_back() -> dict[str, int]:
     failed: list[str] = []
     keys = rounds = 0
     with step_context() as ferry:
-        retained = ferry.topology.migrations(states=[State.RETAINED])
+        retained = ferry.topology.migrations(states=[State.RETAINED], limit=100_000)
         started = time.monotonic()
         for migration in in_turn(retained, at_most, airflow["dag_run"].run_after):
             if time.monotonic() - started > ROUNDS_FOR_S:
                 log.info("the rest is left to the next run")
                 break
             # asked for each one anew: rounds take time
-            until = migration.ttl_until
-            if until is None or until - ferry.topology.now() < LEAVE_TO_CLEAN_UP:
+            if not wants_reverse_round(ferry, migration):
                 continue
             try:
                 result = steps.reverse_round(ferry, migration.id)
@@ -137,6 +140,14 @@ def replay_back() -> dict[str, int]:
         raise AirflowSkipException("no retained migration needs a reverse round")
     log.info("%d rounds, %d keys", rounds, keys)
     return {"rounds": rounds, "keys": keys}
+
+
+def wants_reverse_round(ferry: Context, migration: Migration) -> bool:
+    """Whether a retained migration is neither near its clean-up nor taken over by a newer one."""
+    until = migration.ttl_until
+    if until is None or until - ferry.topology.now() < LEAVE_TO_CLEAN_UP:
+        return False
+    return ferry.topology.superseded_by(migration.id) is None
 
 
 def in_turn(migrations: Any, at_most: int, moment: datetime) -> list[Any]:

@@ -92,7 +92,9 @@ def move_row(one: Lane, migration: Migration | None) -> dict[str, str]:
         "from → to": f"{migration.source} → {migration.destination}",
         "rows": _of(copied, "postgres", "count"),
         "keys": _of(copied, "redis", "count"),
-        "bytes": size(sum(int(found.get("bytes", 0)) for found in copied.values())),
+        "bytes": size(sum(int(found.get("bytes", 0)) for found in copied.values()))
+        if copied
+        else "",
         "rate/s": f"{count / seconds:,.0f}" if seconds else "",
         "rounds": "/".join(str(len(done)) for done in rounds.values()),
         "pause": f"{1000 * float(pause):.0f} ms" if pause is not None else "",

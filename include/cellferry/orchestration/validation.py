@@ -83,7 +83,7 @@ def started_by(
 ) -> int | None:
     """Return the migration of `organization` to `destination` that `dag_run` works on, if any."""
     migrations: Sequence[Migration] = context.topology.migrations(org=organization.id)
-    for migration in reversed(migrations):
+    for migration in migrations:  # newest first
         if migration.destination != destination or migration.state in (
             State.ABORTED,
             State.ROLLED_BACK,
