@@ -581,7 +581,10 @@ class Relational:
                 ),
                 hot=column(
                     "SELECT external_ref FROM issues WHERE organization_id = %s"
-                    " AND external_ref LIKE 'hot-%%' AND lock_version = 0",
+                    " AND external_ref LIKE 'hot-%%' AND lock_version = 0"
+                    # a session of an earlier run may have put a label on it
+                    " AND NOT EXISTS (SELECT FROM label_links AS k WHERE k.issue_id = issues.id"
+                    " AND k.external_ref IS NOT NULL)",
                     organization,
                 ),
             )
