@@ -26,11 +26,12 @@ def parents_first(
     ordered: list[Name] = []
     while missing:
         ready = sorted((name for name, above in missing.items() if not above), key=str)
-        for name in ready or [_entrance(missing, owners)]:
+        placed = ready or [_entrance(missing, owners)]
+        for name in placed:
             del missing[name]
-            ordered.append(name)
         for above in missing.values():
-            above.difference_update(ordered)
+            above.difference_update(placed)
+        ordered.extend(placed)
     return ordered
 
 
