@@ -62,6 +62,23 @@ def test_the_applications_role_is_no_owner(sample: Sample) -> None:
         connection.execute("DROP TABLE notes")
 
 
+def test_provisioning_again_keeps_seeds_and_ledgers(sample: Sample) -> None:
+    sample.write("102", 20)
+    sample.application.provision()
+    assert len(sample.application.organizations()) == 4
+    assert sample.application.ledger().acknowledged > 0
+
+
+def test_what_is_left_of_another_fleet_is_forgotten(sample: Sample) -> None:
+    sample.write("102", 20)
+    with psycopg.connect(sample.topology_url, autocommit=True) as connection:
+        connection.execute("DROP SCHEMA topology CASCADE")
+    sample.topology.install()
+    sample.application.provision()
+    assert sample.application.organizations() == []
+    assert sample.application.ledger().operations == []
+
+
 def test_seeding_more_keeps_what_is_there(sample: Sample) -> None:
     sample.write("102", 100)
     made = sample.application.seed(organizations=6, rows=1_500)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -56,7 +57,14 @@ class Application:
         self.places: Mapping[str, Place] = places(cells, connections, self.directory)
 
     def provision(self) -> None:
-        """Make schema, roles and fixed rows in each cell, and register the cells. Repeatable."""
+        """Make schema, roles and fixed rows in each cell, and register the cells. Repeatable.
+
+        What `directory` tells of a fleet that is no more is deleted: its topology knew the
+        organizations, this one does not.
+        """
+        registered = {route.organization for route in self._topology.routes()}
+        if not registered.intersection(seed.organization.id for seed in self._seeds()):
+            self._forget()
         known = {cell.name for cell in self._topology.cells()}
         for place in self.places.values():
             if place.name not in known:
@@ -231,6 +239,13 @@ class Application:
             Seed(**{**one, "organization": Organization(**one["organization"])})
             for one in json.loads(path.read_text(encoding="utf-8"))
         ]
+
+    def _forget(self) -> None:
+        for name in ("seeds.json", "baseline.json"):
+            (self.directory / name).unlink(missing_ok=True)
+        for name in ("ledger", "stats"):
+            shutil.rmtree(self.directory / name, ignore_errors=True)
+        self._read = None
 
     def _save(self, name: str, content: object) -> None:
         path = self.directory / f"{name}.json"
