@@ -146,7 +146,7 @@ def _find_migration(context: Context, organization: str) -> Migration:
             organization=found.slug,
             hint=f"cellferry plan {found.slug} --to CELL --record",
         )
-    return moves[-1]
+    return moves[0]
 
 
 def _step_command(name: str, text: str) -> None:

@@ -113,7 +113,7 @@ def test_a_copy_killed_in_the_middle_is_retried_and_goes_on_from_its_checkpoint(
     run = api.trigger(DAG, conf)
     _kill_when(context, route.organization, rows=4_000)
     assert api.wait_for_run(DAG, run, 400) == "success", api.log(DAG, run, "report")
-    migration = context.topology.migrations(org=route.organization)[-1]
+    migration = context.topology.migrations(org=route.organization)[0]
     assert migration.state is State.COMPLETED
     copies = [one for one in api.tasks(DAG, run) if one.task_id.endswith(".copy")]
     assert [one.try_number for one in copies] == [2]

@@ -197,9 +197,7 @@ def _move(
     return outcome
 
 
-def _watch(
-    console: Console, context: Context, api: AirflowApi, run: str, traffic: Traffic
-) -> str:
+def _watch(console: Console, context: Context, api: AirflowApi, run: str, traffic: Traffic) -> str:
     """Show where each organization is until the run has ended."""
     deadline = time.monotonic() + RUN_WITHIN_S
     shown = 0.0
@@ -224,7 +222,7 @@ def _progress_table(context: Context, traffic: Traffic) -> Table:
         "organization", "state", "phase", "done", "rate/s", "lag", "time left", "writes/s"
     )
     rates: Mapping[str, float] = traffic.rates()
-    for migration in context.topology.migrations():
+    for migration in reversed(context.topology.migrations()):
         rows = context.topology.progress(migration.id)
         latest = max(rows, key=lambda row: row.updated_at, default=None)
         table.add_row(
@@ -247,7 +245,7 @@ def _judge(
 ) -> Outcome:
     outcome = Outcome()
     pauses: list[float] = []
-    for migration in context.topology.migrations():
+    for migration in reversed(context.topology.migrations()):
         pause = application.write_pause(migration.organization.id)
         outcome.organizations.append(_row(migration, pause))
         if migration.state is State.COMPLETED:
@@ -316,7 +314,9 @@ def _print_table(console: Console, outcome: Outcome) -> None:
             f"{one['copy_rows_per_s']:,.0f}" if one["copy_rows_per_s"] else "under the gate",
             str(one["rounds"]),
             f"{one['pause_s'] * 1000:.0f} ms" if one["pause_s"] is not None else "?",
-            f"{one['compared']:,} equal" if not one["mismatches"] else f"{one['mismatches']} differ",
+            f"{one['compared']:,} equal"
+            if not one["mismatches"]
+            else f"{one['mismatches']} differ",
         )
     console.print(table)
 

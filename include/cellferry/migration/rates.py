@@ -28,7 +28,7 @@ class Rates:
 def measured_rates(topology: Topology, kinds: tuple[str, ...], latest: int = 20) -> Rates:
     """Return the medians over the latest completed copies and cutovers."""
     flipped = {State.SOAKING, State.RETAINED, State.CLEANING, State.COMPLETED}
-    done = topology.migrations(states=flipped)[-latest:]
+    done = topology.migrations(states=flipped, limit=latest)
     copies: dict[str, list[float]] = {kind: [] for kind in kinds}
     pauses: list[float] = []
     for migration in done:

@@ -50,7 +50,7 @@ def status(context: Context, organization: str) -> Status:
     topology = context.topology
     found = topology.organization(organization)
     moves = topology.migrations(org=found.id)
-    latest = moves[-1] if moves else None
+    latest = moves[0] if moves else None
     return Status(
         route=topology.route(found.id),
         migration=latest,

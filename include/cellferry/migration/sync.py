@@ -13,8 +13,10 @@ from cellferry.stores.base import StoreMove
 ALLOWED = frozenset({State.SYNCING, State.READY})
 DONE = frozenset({State.SOAKING, State.RETAINED, State.CLEANING, State.COMPLETED})
 
-#: A round that took less than this share of the pause budget predicts a pause within it.
-SHARE_OF_BUDGET = 0.25
+#: A round that predicts a pause of up to this share of the budget is small.
+SHARE_OF_BUDGET = 0.5
+#: A round costs its round trips however few its keys: below so many, time does not follow them.
+FEW_KEYS = 100
 
 
 def sync(context: Context, migration_id: int) -> StepResult:
@@ -74,10 +76,13 @@ def run_rounds(at: Attempt, kind: str, store: StoreMove) -> list[dict[str, Any]]
 
 
 def is_small(one: Round, budget_s: float) -> bool:
-    """Whether the rest after `one` would be applied within `budget_s` at this round's rate."""
-    if one.applied == 0:
-        return one.remaining == 0 or one.seconds <= budget_s
-    return one.seconds <= budget_s and one.remaining * one.seconds / one.applied <= budget_s
+    """Whether the next round, at the pace of `one`, would take at most `budget_s` seconds.
+
+    An organization that keeps writing always leaves about as many dirty keys as arrive during a
+    round; so the question is not whether any are left, but how long they take.
+    """
+    growth = max(1.0, one.remaining / max(one.applied, FEW_KEYS))
+    return one.seconds * growth <= budget_s
 
 
 def _facts(one: Round) -> dict[str, Any]:

@@ -118,10 +118,10 @@ class Applier:
             if keys.get(str(table.name))
         }
         while pending:
-            self._add_dependents(pending, done)
+            self._add_dependents(pending, done, complete=complete)
             if not complete:
                 self._add_missing_parents(pending, done)
-                self._add_dependents(pending, done)
+                self._add_dependents(pending, done, complete=complete)
             self._delete(pending)
             in_the_way: dict[Table, set[Key]] = {}
             for table in self._scope.tables:
@@ -190,7 +190,9 @@ class Applier:
         applied.bytes += size
         return cleared
 
-    def _add_dependents(self, pending: dict[Table, set[Key]], done: Mapping[str, set[Key]]) -> None:
+    def _add_dependents(
+        self, pending: dict[Table, set[Key]], done: Mapping[str, set[Key]], *, complete: bool
+    ) -> None:
         """Add the destination's children of rows that are gone at the source.
 
         Usually the children's own deletes are dirty keys as well. They are not when no constraint
@@ -199,16 +201,22 @@ class Applier:
         """
         unseen = {table: set(some) for table, some in pending.items()}
         while unseen:
+            asked = {
+                table: (hops, some)
+                for table, some in unseen.items()
+                if (
+                    hops := [
+                        hop
+                        for hop in self._scope.children.get(table.name, ())
+                        if not (complete and hop.is_enforced)
+                    ]
+                )
+            }
             found: dict[Table, set[Key]] = {}
-            for table, some in unseen.items():
-                hops = self._scope.children.get(table.name, ())
-                if not hops:
-                    continue
-                gone = some - self._owned_at_source(table, some)
-                if not gone:
-                    continue
-                for hop in hops:
-                    children = self._children_at_destination(hop.child, hop.hop, table, gone)
+            gone = self._gone_at_source({table: some for table, (_, some) in asked.items()})
+            for table, keys in gone.items():
+                for hop in asked[table][0]:
+                    children = self._children_at_destination(hop.child, hop.hop, table, keys)
                     children -= pending.get(hop.child, set())
                     children -= done.get(str(hop.child.name), set())
                     if children:
@@ -237,14 +245,26 @@ class Applier:
                 pending.setdefault(table, set()).update(keys)
             unseen = found
 
-    def _owned_at_source(self, table: Table, keys: set[Key]) -> set[Key]:
-        statement = sql.SQL("SELECT {} FROM {} AS t {} WHERE {}").format(
-            key_array(table, "t"),
-            table.name.identifier,
-            keys_join(table, keys),
-            self._scope.owned(table),
+    def _gone_at_source(self, asked: Mapping[Table, set[Key]]) -> dict[Table, set[Key]]:
+        """Return the keys of which the source has no row of this organization, in one query."""
+        if not asked:
+            return {}
+        tables = list(asked)
+        statement = sql.SQL(" UNION ALL ").join(
+            sql.SQL("SELECT {}, {} FROM {} AS t {} WHERE {}").format(
+                sql.Literal(number),
+                key_array(table, "t"),
+                table.name.identifier,
+                keys_join(table, asked[table]),
+                self._scope.owned(table),
+            )
+            for number, table in enumerate(tables)
         )
-        return {tuple(key) for (key,) in self._source.execute(statement, prepare=False)}
+        there = dict(_grouped(self._source.execute(statement, prepare=False)))
+        gone = {
+            table: asked[table] - there.get(number, set()) for number, table in enumerate(tables)
+        }
+        return {table: keys for table, keys in gone.items() if keys}
 
     def _children_at_destination(
         self, child: Table, hop: Hop, parent: Table, gone: set[Key]

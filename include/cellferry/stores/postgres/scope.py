@@ -23,6 +23,8 @@ class ChildHop:
 
     child: Table
     hop: Hop
+    is_enforced: bool
+    """Whether a constraint of the database keeps a parent for each child."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,19 @@ class Scope:
     @cached_property
     def children(self) -> dict[Name, tuple[ChildHop, ...]]:
         """For each table, those whose rows are owned directly through its rows."""
+        enforced = {
+            (key.child, key.columns, key.parent, key.parent_columns)
+            for key in self.data_map.foreign_keys
+            if key.declared and key.trusted and not key.partial and not key.temporal
+        }
         found: dict[Name, list[ChildHop]] = {}
         for child in self.tables:
             hops = {path.hops[0]: None for path in child.owners if path.hops}
             for hop in hops:
-                found.setdefault(hop.parent, []).append(ChildHop(child, hop))
+                constraint = (child.name, hop.columns, hop.parent, hop.parent_columns)
+                found.setdefault(hop.parent, []).append(
+                    ChildHop(child, hop, is_enforced=constraint in enforced)
+                )
         return {name: tuple(hops) for name, hops in found.items()}
 
     def owned(self, table: Table, row: str = "t") -> sql.Composable:

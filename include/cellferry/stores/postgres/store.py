@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -45,7 +45,6 @@ from cellferry.stores.postgres import (
 )
 from cellferry.stores.postgres import inventory as stock
 from cellferry.stores.postgres.catalog import read_catalog
-from cellferry.stores.postgres.checkpoints import read as read_checkpoints
 from cellferry.stores.postgres.cleaner import Cleaner
 from cellferry.stores.postgres.copier import Copier
 from cellferry.stores.postgres.examination import Examination, Site
@@ -267,6 +266,7 @@ class PostgresMove(StoreMove):
         organization = self.move.organization.id
         self._insist_on_prepared_cells()
         self._intend(Side.DESTINATION, "gate", organization)
+        self._intend(Side.DESTINATION, "key_log", organization)
         self._intend(Side.DESTINATION, "checkpoint", str(self.move.migration))
         with sessions.translate_errors(self._where(Side.DESTINATION)):
             gate.import_gate(self._connection(Side.DESTINATION), self.move, self._progress)
@@ -352,7 +352,8 @@ class PostgresMove(StoreMove):
                 layout.note(self._destination, self.move.migration, side, text)
 
     def _insist_on_layouts(self) -> None:
-        for side, now in self._read_layouts().items():
+        for side in Side:
+            now = self._read_layout_aside(side)
             layout.insist(side, self._where(side), self._layouts.get(side), now)
 
     def _insist_on_equal_schemas(self) -> None:
@@ -396,16 +397,23 @@ class PostgresMove(StoreMove):
         """Apply and verify the last delta; arm reverse capture with it, in one transaction."""
         started = time.monotonic()
         evidence: dict[str, Any] = {}
-        self._intend(Side.DESTINATION, "key_log", self.move.organization.id)
-        with self._errors():
+        with self._errors(), ThreadPoolExecutor(len(Side)) as pool:
             if not self._layouts:
                 self._layouts = layout.noted(self._destination, self.move.migration)
-            self._insist_on_layouts()
+            # Under the gate time counts: the layouts are read beside the round, and looked at
+            # before it commits.
+            layouts = {side: pool.submit(self._read_layout_aside, side) for side in Side}
+
+            def before_commit() -> None:
+                for side, future in layouts.items():
+                    layout.insist(side, self._where(side), self._layouts.get(side), future.result())
+                gate.arm_reverse(self._destination, self.move)
+
             if self.move.strategy is Strategy.FREEZE_FIRST:
                 copied = self._copier().run()
                 evidence["copied"] = copied.count
             _, applied = self._rounds().run(
-                max_keys=UNBOUNDED, before_commit=self._arm_reverse, forget=False
+                max_keys=UNBOUNDED, before_commit=before_commit, forget=False
             )
             compared = applied.compared
             if self.move.strategy is Strategy.FREEZE_FIRST:
@@ -423,8 +431,9 @@ class PostgresMove(StoreMove):
             evidence=evidence,
         )
 
-    def _arm_reverse(self) -> None:
-        gate.arm_reverse(self._destination, self.move)
+    def _read_layout_aside(self, side: Side) -> str:
+        """Read a side's layout on a session of its own, beside the mover's."""
+        return layout.read(self._connection(side, "layout"), self._scope)
 
     def _verify_under_the_gate(self, evidence: dict[str, Any]) -> int:
         found = self._verifier().run()
@@ -440,10 +449,20 @@ class PostgresMove(StoreMove):
 
     def hand_over(self) -> None:
         """Source `moved`, destination open, both with the new epoch. Repeatable."""
-        with sessions.translate_errors(self._where(Side.SOURCE)):
-            gate.hand_over_source(self._connection(Side.SOURCE), self.move)
-        with sessions.translate_errors(self._where(Side.DESTINATION)):
-            gate.hand_over_destination(self._connection(Side.DESTINATION), self.move)
+        # The source is frozen durably: in which order the two become visible does not matter.
+        connections = {side: self._connection(side) for side in Side}
+
+        def source() -> None:
+            with sessions.translate_errors(self._where(Side.SOURCE)):
+                gate.hand_over_source(connections[Side.SOURCE], self.move)
+
+        def destination() -> None:
+            with sessions.translate_errors(self._where(Side.DESTINATION)):
+                gate.hand_over_destination(connections[Side.DESTINATION], self.move)
+
+        with ThreadPoolExecutor(len(Side)) as pool:
+            for done in [pool.submit(source), pool.submit(destination)]:
+                done.result()
 
     def release(self) -> None:
         """Unlock the gate."""
