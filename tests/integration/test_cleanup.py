@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-from fixtures.ferry import Ferry
 
 from cellferry.errors import Blocked, WrongState
 from cellferry.model import Side
 from cellferry.stores.postgres import cleaner
+from fixtures.ferry import Ferry
 
 
 def leftovers(ferry: Ferry, side: Side) -> dict[str, int]:
@@ -23,10 +21,10 @@ NOTHING = {"gate": 0, "key_log": 0, "lease": 0, "checkpoint": 0, "imported_row":
 
 
 @pytest.fixture
-def moved(ferry: Ferry) -> Iterator[Ferry]:
+def moved(ferry: Ferry) -> Ferry:
     """Organization 1 lives at the destination; its old copy is retained."""
     cut_over(ferry)
-    yield ferry
+    return ferry
 
 
 def cut_over(ferry: Ferry, attempt: int = 1) -> None:

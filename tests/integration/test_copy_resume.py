@@ -10,13 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from fixtures.ferry import Ferry, Quiet, Registry, make_ferry
-from fixtures.postgres import FreshDatabases, postgres_versions
 
 from cellferry.errors import LeaseLost, PermanentError
 from cellferry.model import Endpoint, Limits, Move, Side
 from cellferry.stores.postgres import copier
 from cellferry.stores.postgres.store import PostgresStore
+from fixtures.ferry import Ferry, Quiet, Registry, make_ferry
+from fixtures.postgres import FreshDatabases, postgres_versions
 
 BATCH = 100
 

@@ -9,15 +9,15 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import psycopg
 import pytest
-from fixtures.ferry import Ferry, make_ferry
-from fixtures.postgres import FreshDatabases, postgres_versions
 
 from cellferry.errors import DrainTimeout
 from cellferry.model import Side, Strategy
+from fixtures.ferry import Ferry, make_ferry
+from fixtures.postgres import FreshDatabases, postgres_versions
 
 RETRY = {"CF002", "40001", "40P01", "55P03"}
 
@@ -95,7 +95,7 @@ class Traffic:
         self.writers = [Writer(ferry, number, **how) for number in range(writers)]
         self._threads = [threading.Thread(target=writer.run) for writer in self.writers]
 
-    def __enter__(self) -> Traffic:
+    def __enter__(self) -> Self:
         for thread in self._threads:
             thread.start()
         return self

@@ -10,13 +10,13 @@ from typing import Any
 
 import psycopg
 import pytest
-from fixtures.ferry import Ferry
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cellferry.model import Side
 from cellferry.stores.postgres.rounds import Rounds
 from cellferry.stores.postgres.store import PostgresMove
+from fixtures.ferry import Ferry
 
 #: Each example has keys of its own, so that examples do not depend on each other.
 offsets = itertools.count(1)
@@ -59,49 +59,76 @@ def small(limit: int) -> st.SearchStrategy[int]:
 
 
 #: Statements of the application; {b} is the example's own base key, other letters small numbers.
-STATEMENTS = [
-    "INSERT INTO projects (id, organization_id, name) VALUES ({b} + {x}, 1, 'p{b} {y}')",
-    "INSERT INTO issues (id, project_id, iid, title) VALUES ({b} + {x}, {b} + {y}, {z}, 'new')",
-    "INSERT INTO issues (id, project_id, iid, title) VALUES ({b} + {x}, {b} + {y}, {z}, 'again')"
-    " ON CONFLICT (id) DO UPDATE SET title = issues.title || '!'",
-    "INSERT INTO notes (id, issue_id, body) VALUES"
-    " (md5('{b} {x}')::uuid, {b} + {y}, repeat('large ', 1000 * {z}))",
-    "UPDATE issues SET project_id = {b} + {x} WHERE id = {b} + {y}",
-    "UPDATE issues SET iid = iid + 1000 WHERE project_id = {b} + {x};"
-    "UPDATE issues SET iid = 1003 - iid WHERE project_id = {b} + {x}",
-    "UPDATE issues SET id = {b} + {x} WHERE id = {b} + {y}",
-    "UPDATE notes SET issue_id = {b} + {x} WHERE issue_id = {b} + {y}",
-    "UPDATE notes SET id = md5('{b} {x}')::uuid WHERE id = md5('{b} {y}')::uuid",
-    "DO $$ DECLARE a text; b text; BEGIN"
-    " SELECT name INTO a FROM projects WHERE id = {b} + {x};"
-    " SELECT name INTO b FROM projects WHERE id = {b} + {y};"
-    " UPDATE projects SET name = 'tmp{b}' WHERE id = {b} + {x};"
-    " UPDATE projects SET name = a WHERE id = {b} + {y};"
-    " UPDATE projects SET name = b WHERE id = {b} + {x};"
-    " END $$",
-    "DELETE FROM issues WHERE id = {b} + {x}",
-    "DELETE FROM notes WHERE issue_id = {b} + {x}",
-    "DELETE FROM projects WHERE id = {b} + {x}",
-    "DELETE FROM projects WHERE id = {b} + {x};"
-    "INSERT INTO projects (id, organization_id, name) VALUES ({b} + {x}, 1, 'p{b} {y}');"
-    "INSERT INTO issues (id, project_id, iid, title) VALUES ({b} + {z}, {b} + {x}, 1, 'back')",
-    "SAVEPOINT s; UPDATE issues SET title = 'never' WHERE id = {b} + {x};"
-    "DELETE FROM issues WHERE id = {b} + {y}; ROLLBACK TO s;"
-    "UPDATE issues SET title = 'kept' WHERE id = {b} + {x}",
-    "UPDATE slots SET position = 61 - position WHERE organization_id = 1",
-    'UPDATE "Odd Labels" SET color = \'c\' || {x} WHERE organization_id = 1 AND "Key" LIKE \'%{y},%\'',
-    'UPDATE "Odd Labels" SET "Key" = "Key" || {x} WHERE organization_id = 1 AND "Key" LIKE \'%3%\'',
-    "INSERT INTO users VALUES ({b} + {x}, '{b} {x}@example.com', {z});"
-    "INSERT INTO memberships VALUES (1, {b} + {x}, 'new')",
-    "UPDATE users SET email = '{b} {x} {z}@example.com' WHERE id = {b} + {y}",
-    "DELETE FROM memberships WHERE organization_id = 1 AND user_id = {b} + {x}",
-    "INSERT INTO events VALUES (1, {b} + {x}, 'e') ON CONFLICT DO NOTHING;"
-    "DELETE FROM events WHERE organization_id = 1 AND id = {b} + {y}",
-    # a neighbour in the same tables, even with the same values
-    "INSERT INTO projects (id, organization_id, name) VALUES ({b} + 50 + {x}, 2, 'p{b} {y}')",
-    "INSERT INTO issues (id, project_id, iid, title) VALUES ({b} + 50 + {x}, {b} + 50 + {y}, {z}, 'two')",
-    "DELETE FROM projects WHERE id = {b} + 50 + {x}",
-]  # fmt: skip
+STATEMENTS = """
+INSERT INTO projects (id, organization_id, name) VALUES ({b} + {x}, 1, 'p{b} {y}')
+
+INSERT INTO issues (id, project_id, iid, title) VALUES ({b} + {x}, {b} + {y}, {z}, 'new')
+
+INSERT INTO issues (id, project_id, iid, title) VALUES ({b} + {x}, {b} + {y}, {z}, 'again') ON
+CONFLICT (id) DO UPDATE SET title = issues.title || '!'
+
+INSERT INTO notes (id, issue_id, body) VALUES (md5('{b} {x}')::uuid, {b} + {y}, repeat('large ',
+1000 * {z}))
+
+UPDATE issues SET project_id = {b} + {x} WHERE id = {b} + {y}
+
+UPDATE issues SET iid = iid + 1000 WHERE project_id = {b} + {x};
+UPDATE issues SET iid = 1003 - iid WHERE project_id = {b} + {x}
+
+UPDATE issues SET id = {b} + {x} WHERE id = {b} + {y}
+
+UPDATE notes SET issue_id = {b} + {x} WHERE issue_id = {b} + {y}
+
+UPDATE notes SET id = md5('{b} {x}')::uuid WHERE id = md5('{b} {y}')::uuid
+
+DO $$ DECLARE a text;
+b text;
+BEGIN SELECT name INTO a FROM projects WHERE id = {b} + {x};
+SELECT name INTO b FROM projects WHERE id = {b} + {y};
+UPDATE projects SET name = 'tmp{b}' WHERE id = {b} + {x};
+UPDATE projects SET name = a WHERE id = {b} + {y};
+UPDATE projects SET name = b WHERE id = {b} + {x};
+END $$
+
+DELETE FROM issues WHERE id = {b} + {x}
+
+DELETE FROM notes WHERE issue_id = {b} + {x}
+
+DELETE FROM projects WHERE id = {b} + {x}
+
+DELETE FROM projects WHERE id = {b} + {x};
+INSERT INTO projects (id, organization_id, name) VALUES ({b} + {x}, 1, 'p{b} {y}');
+INSERT INTO issues (id, project_id, iid, title) VALUES ({b} + {z}, {b} + {x}, 1, 'back')
+
+SAVEPOINT s;
+UPDATE issues SET title = 'never' WHERE id = {b} + {x};
+DELETE FROM issues WHERE id = {b} + {y};
+ROLLBACK TO s;
+UPDATE issues SET title = 'kept' WHERE id = {b} + {x}
+
+UPDATE slots SET position = 61 - position WHERE organization_id = 1
+
+UPDATE "Odd Labels" SET color = 'c' || {x} WHERE organization_id = 1 AND "Key" LIKE '%{y},%'
+
+UPDATE "Odd Labels" SET "Key" = "Key" || {x} WHERE organization_id = 1 AND "Key" LIKE '%3%'
+
+INSERT INTO users VALUES ({b} + {x}, '{b} {x}@example.com', {z});
+INSERT INTO memberships VALUES (1, {b} + {x}, 'new')
+
+UPDATE users SET email = '{b} {x} {z}@example.com' WHERE id = {b} + {y}
+
+DELETE FROM memberships WHERE organization_id = 1 AND user_id = {b} + {x}
+
+INSERT INTO events VALUES (1, {b} + {x}, 'e') ON CONFLICT DO NOTHING;
+DELETE FROM events WHERE organization_id = 1 AND id = {b} + {y}
+
+INSERT INTO projects (id, organization_id, name) VALUES ({b} + 50 + {x}, 2, 'p{b} {y}')
+
+INSERT INTO issues (id, project_id, iid, title) VALUES ({b} + 50 + {x}, {b} + 50 + {y}, {z},
+'two')
+
+DELETE FROM projects WHERE id = {b} + 50 + {x}
+""".strip().split("\n\n")
 
 statements = st.builds(
     lambda text, x, y, z: (text, {"x": x, "y": y, "z": z}),
@@ -161,7 +188,8 @@ def seed(voyage: Voyage, base: int) -> None:
         INSERT INTO issues (id, project_id, iid, title)
             SELECT {base} + g, {base} + g % 2, g, 'seed' FROM generate_series(0, 2) AS g;
         INSERT INTO notes (id, issue_id, body)
-            SELECT md5('{base} ' || g)::uuid, {base} + g % 2, 'seed' FROM generate_series(0, 2) AS g;
+            SELECT md5('{base} ' || g)::uuid, {base} + g % 2, 'seed'
+            FROM generate_series(0, 2) AS g;
         """.encode()
     )
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from fixtures.ferry import Ferry
 
 from cellferry.model import Side
 from cellferry.stores.postgres.store import PostgresMove
+from fixtures.ferry import Ferry
 
 
 @pytest.fixture
@@ -54,13 +54,14 @@ FAULTS = {
         ("public.issues", "1", "missing at destination"),
     ),
     "swapped values": (
-        "UPDATE events SET what = CASE id WHEN 2 THEN 'event 4' ELSE 'event 2' END"
-        " WHERE organization_id = 1 AND id IN (2, 4)",
+        (
+            "UPDATE events SET what = CASE id WHEN 2 THEN 'event 4' ELSE 'event 2' END"
+            " WHERE organization_id = 1 AND id IN (2, 4)"
+        ),
         ("public.events", "1, 2", "differs"),
     ),
     "an orphan": (
-        "UPDATE issues SET id = 2001, project_id = 555 WHERE id = 1999;"
-        "UPDATE issues SET id = 1998 WHERE id = 2001",
+        "UPDATE issues SET id = 1998, project_id = 555 WHERE id = 1999",
         ("public.issues", "1998", "orphan"),
     ),
     "a missing shared row": (
@@ -141,7 +142,7 @@ def test_other_organizations_faults_are_not_ours(copied: tuple[Ferry, PostgresMo
 
 
 def test_evidence_names_counts_and_hashes(copied: tuple[Ferry, PostgresMove]) -> None:
-    ferry, move = copied
+    _, move = copied
     found = move.verify()
 
     issues = found.hashes["public.issues"]
@@ -159,6 +160,6 @@ def test_a_table_emptied_behind_the_gates_back_is_noticed_at_cutover(
     assert move.verify().ok
     ferry.run(Side.SOURCE, "ALTER TABLE events ADD COLUMN more int")
 
+    move._layouts = {}
     with pytest.raises(VerificationFailed, match="truncated, rewritten or changed"):
-        move._layouts = {}
         move.finish()
