@@ -18,6 +18,7 @@ from cellferry.errors import (
     OutcomeUnknown,
     TransientError,
     Unreachable,
+    VerificationFailed,
     WrongState,
 )
 from cellferry.migration import Context, MoveOptions, steps
@@ -465,3 +466,67 @@ def test_a_halted_migration_does_nothing_until_a_person_clears_it(
             steps.copy(context, migration)
         context.topology.set_halted(migration, None, Actor("boss"))
         steps.copy(context, migration)
+
+
+def put_orphan(cells: TwoCells, key: int) -> None:
+    """A comment at the destination that was copied before its issue, as a copy may leave it."""
+    with cells.admin("cell-2") as connection:
+        connection.execute("SET session_replication_role = replica")
+        connection.execute("INSERT INTO comments VALUES (%s, %s, 'early')", (key, key))
+
+
+def comment_exists(cells: TwoCells, cell: str, key: int) -> bool:
+    with cells.admin(cell) as connection:
+        found = connection.execute("SELECT 1 FROM comments WHERE id = %s", (key,)).fetchone()
+    return found is not None
+
+
+def test_a_child_copied_before_its_parent_goes_when_both_are_deleted(
+    cells: TwoCells, acme: Organization
+) -> None:
+    key = 700_000_199
+    migration = cells.plan(acme)
+    with cells.context() as context:
+        steps.copy(context, migration)
+        with cells.application("cell-1") as connection:
+            connection.execute("INSERT INTO issues VALUES (%s, 7, 'brief')", (key,))
+            connection.execute("INSERT INTO comments VALUES (%s, %s, 'early')", (key, key))
+            connection.execute("DELETE FROM issues WHERE id = %s", (key,))
+        put_orphan(cells, key)
+        steps.sync(context, migration)
+        assert not comment_exists(cells, "cell-2", key)
+        steps.verify(context, migration)
+
+
+def test_an_early_child_of_another_organizations_move_is_left_alone(
+    cells: TwoCells, acme: Organization
+) -> None:
+    key = 700_000_199  # between the keys of the organization that is verified
+    migration = cells.plan(acme)
+    with cells.context() as context:
+        steps.copy(context, migration)
+        with cells.admin("cell-1") as connection:
+            connection.execute("SET session_replication_role = replica")
+            connection.execute("INSERT INTO issues VALUES (%s, 8, 'of the neighbour')", (key,))
+            connection.execute("INSERT INTO comments VALUES (%s, %s, 'early')", (key, key))
+            # logged for every moving organization, as a deferred insert of a child is
+            connection.execute(
+                "INSERT INTO cellferry.key_log (organization, relation, key) "
+                "VALUES ('7', 'public.comments', ARRAY[%s])",
+                (str(key),),
+            )
+        put_orphan(cells, key)
+        steps.sync(context, migration)
+        steps.verify(context, migration)
+    assert comment_exists(cells, "cell-2", key)
+
+
+def test_an_early_child_that_stays_without_its_parent_is_a_difference(
+    cells: TwoCells, acme: Organization
+) -> None:
+    migration = cells.plan(acme)
+    with cells.context() as context:
+        steps.copy(context, migration)
+        put_orphan(cells, 700_000_199)
+        with pytest.raises(VerificationFailed, match="orphan"):
+            steps.verify(context, migration)

@@ -17,6 +17,7 @@ from psycopg import sql
 from cellferry.errors import VerificationFailed
 from cellferry.model import Move
 from cellferry.stores.postgres.conflicts import WAITING_ROOM, admit, clear_the_way, waiting_room
+from cellferry.stores.postgres.ownership import owner_text
 from cellferry.stores.postgres.references import Needs, ReferencedRows, outward
 from cellferry.stores.postgres.row_keys import key_array, key_text
 from cellferry.stores.postgres.schema import ForeignKey, Hop, Placement, Table
@@ -122,6 +123,7 @@ class Applier:
             if not complete:
                 self._add_missing_parents(pending, done)
                 self._add_dependents(pending, done, complete=complete)
+            self._delete_orphans(pending)
             self._delete(pending)
             in_the_way: dict[Table, set[Key]] = {}
             for table in self._scope.tables:
@@ -168,6 +170,57 @@ class Applier:
         self._destination.execute(
             sql.SQL("WITH {} SELECT 1").format(sql.SQL(", ").join(parts)), prepare=False
         )
+
+    def _delete_orphans(self, pending: Mapping[Table, set[Key]]) -> None:
+        """Delete rows of `pending` of which the destination cannot tell whose they are.
+
+        A child that was copied after its parent's turn waits for the parent; when both are gone
+        at the source before that, the parent never comes and the guard of `_delete` would keep
+        the child for ever. It goes unless the source says that it is another organization's, of
+        which a move may be under way as well.
+        """
+        asked = {table: keys for table, keys in pending.items() if not table.has_direct_owner}
+        orphans = self._select_keys(
+            self._destination,
+            asked,
+            lambda table: sql.SQL("({}) IS NULL").format(owner_text(table, "t")),
+        )
+        others = self._select_keys(
+            self._source,
+            orphans,
+            lambda table: sql.SQL("({}) IS NOT TRUE").format(self._scope.owned(table)),
+        )
+        for table, keys in orphans.items():
+            if mine := keys - others.get(table, set()):
+                self._destination.execute(
+                    sql.SQL("DELETE FROM {} AS t USING {} WHERE {}").format(
+                        table.name.identifier, keys_relation(table, mine), keys_match(table)
+                    ),
+                    prepare=False,
+                )
+
+    def _select_keys(
+        self,
+        connection: psycopg.Connection[Any],
+        asked: Mapping[Table, set[Key]],
+        condition: Callable[[Table], sql.Composable],
+    ) -> dict[Table, set[Key]]:
+        """Return which of the keys have a row that fulfils `condition`, in one query."""
+        if not asked:
+            return {}
+        tables = list(asked)
+        statement = sql.SQL(" UNION ALL ").join(
+            sql.SQL("SELECT {}, {} FROM {} AS t {} WHERE {}").format(
+                sql.Literal(number),
+                key_array(table, "t"),
+                table.name.identifier,
+                keys_join(table, asked[table]),
+                condition(table),
+            )
+            for number, table in enumerate(tables)
+        )
+        found = _grouped(connection.execute(statement, prepare=False))
+        return {tables[number]: keys for number, keys in found}
 
     def _insert(self, table: Table, keys: set[Key], applied: Applied, *, careful: bool) -> set[Key]:
         """Copy the current rows of `keys`; return the keys of rows that were in their way."""
@@ -246,24 +299,9 @@ class Applier:
             unseen = found
 
     def _gone_at_source(self, asked: Mapping[Table, set[Key]]) -> dict[Table, set[Key]]:
-        """Return the keys of which the source has no row of this organization, in one query."""
-        if not asked:
-            return {}
-        tables = list(asked)
-        statement = sql.SQL(" UNION ALL ").join(
-            sql.SQL("SELECT {}, {} FROM {} AS t {} WHERE {}").format(
-                sql.Literal(number),
-                key_array(table, "t"),
-                table.name.identifier,
-                keys_join(table, asked[table]),
-                self._scope.owned(table),
-            )
-            for number, table in enumerate(tables)
-        )
-        there = dict(_grouped(self._source.execute(statement, prepare=False)))
-        gone = {
-            table: asked[table] - there.get(number, set()) for number, table in enumerate(tables)
-        }
+        """Return the keys of which the source has no row of this organization."""
+        there = self._select_keys(self._source, asked, self._scope.owned)
+        gone = {table: keys - there.get(table, set()) for table, keys in asked.items()}
         return {table: keys for table, keys in gone.items() if keys}
 
     def _children_at_destination(

@@ -45,8 +45,6 @@ DRILL_ROWS = 100_000
 
 BUCKETS = 1024
 
-#: Types of keys that cells give out in ranges.
-RANGED = ("smallint", "integer", "bigint")
 
 MISSING = "missing at destination"
 EXTRA = "extra at destination"
@@ -215,13 +213,12 @@ class Verifier:
     def _orphans(self, table: Table, dirty: set[Key], findings: _Findings) -> None:
         """Find rows at the destination whose path to an organization leads nowhere.
 
-        Only among keys between the organization's lowest and highest, which the mover wrote. With
-        the cells' own ranges of keys, others' keys are not among them. Keys without ranges say
-        nothing: while another organization is importing, an orphan may well be its, for a moment.
+        Only among keys between the organization's lowest and highest, which the mover wrote. One
+        that the source has as another organization's is not ours: its own move is under way, and
+        its parent comes later. One that the source does not have could be that of any move under
+        way, and is looked at when there is no other.
         """
         if table.has_direct_owner or not any(path.hops for path in table.owners):
-            return
-        if table.column(table.primary_key[0]).type not in RANGED and self._others_import():
             return
         row = self._source.execute(
             sql.SQL("SELECT {} FROM {} AS t WHERE {}").format(
@@ -244,9 +241,25 @@ class Verifier:
             kind=kind,
             owner=owner_text(table, "t"),
         )
-        for (key,) in self._destination.execute(statement):
-            if tuple(key) not in dirty:
-                findings.add(str(table.name), tuple(key), ORPHAN)
+        orphans = {tuple(key) for (key,) in self._destination.execute(statement)} - dirty
+        if not orphans:
+            return
+        whose = {
+            tuple(key): is_ours
+            for key, is_ours in self._source.execute(
+                sql.SQL("SELECT {}, ({}) IS TRUE FROM {} AS t {}").format(
+                    key_array(table, "t"),
+                    self._scope.owned(table),
+                    table.name.identifier,
+                    keys_join(table, orphans),
+                )
+            )
+        }
+        if self._others_import():
+            orphans &= whose.keys()
+        for key in sorted(orphans):
+            if whose.get(key, True):
+                findings.add(str(table.name), key, ORPHAN)
 
     def _others_import(self) -> bool:
         row = self._destination.execute(
