@@ -81,9 +81,7 @@ class Cleaner:
             self._refuse_if_referred_to()
         for table in reversed(self._scope.tables):
             self._delete_table(table)
-        notes: tuple[str, ...] = ()
-        if self._side is Side.DESTINATION:
-            notes = self._delete_imported()
+        notes = self._delete_imported()
         if self._deleted:
             notes = (
                 *notes,

@@ -224,7 +224,7 @@ class ReferencedRows:
         """
         if not keys:
             return set()
-        imported = self._imported(table)
+        imported = self._imported(table, keys)
         if not imported and not self._holders(table):
             return set()
         present = self.present(table, keys)
@@ -245,14 +245,21 @@ class ReferencedRows:
             self._record(table, fresh)
         return present
 
-    def _imported(self, table: Table) -> set[Key]:
-        return {
-            tuple(key)
-            for (key,) in self._destination.execute(
-                "SELECT key FROM cellferry.imported_row WHERE migration = %s AND relation = %s",
-                (self._migration, str(table.name)),
-            )
-        }
+    def _imported(self, table: Table, among: Collection[Key]) -> set[Key]:
+        """Return those of `among` that this migration brought."""
+        if not among:
+            return set()
+        width = len(table.primary_key)
+        statement = sql.SQL(
+            "SELECT i.key FROM cellferry.imported_row AS i JOIN {} ON i.key = ARRAY[{}]"
+            " WHERE i.migration = {} AND i.relation = {}"
+        ).format(
+            texts_relation(among, width),
+            sql.SQL(", ").join(sql.Identifier("k", f"k{number}") for number in range(1, width + 1)),
+            sql.Literal(self._migration),
+            sql.Literal(str(table.name)),
+        )
+        return {tuple(key) for (key,) in self._destination.execute(statement, prepare=False)}
 
     def _holders(self, table: Table) -> tuple[ForeignKey, ...]:
         """Return the relations by which rows of `table` belong to other referenced rows."""
@@ -267,15 +274,12 @@ class ReferencedRows:
         if not keys:
             return set()
         shared = self._scope.data_map.by_name[holder.child]
-        imported = self._imported(shared)
-        if not imported:
-            return set()
         tie = sql.SQL(" AND ").join(
             sql.SQL("{} = {}").format(sql.Identifier("p", ours), sql.Identifier("t", theirs))
             for ours, theirs in zip(holder.columns, holder.parent_columns, strict=True)
         )
-        found = {
-            tuple(key)
+        owners = {
+            tuple(key): tuple(owner)
             for key, owner in self._source.execute(
                 sql.SQL("SELECT {}, {} FROM {} AS t {} JOIN {} AS p ON {}").format(
                     key_array(table, "t"),
@@ -286,8 +290,9 @@ class ReferencedRows:
                     tie,
                 )
             )
-            if tuple(owner) in imported
         }
+        imported = self._imported(shared, set(owners.values()))
+        found = {key for key, owner in owners.items() if owner in imported}
         return set(self._absent(table, table.primary_key, found)) if found else set()
 
     def _record(self, table: Table, keys: Collection[Key]) -> None:
