@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from fixtures.ferry import make_ferry
-from fixtures.postgres import FreshDatabases, postgres_versions
 
 from cellferry.model import Limits, Organization, Side
 from cellferry.stores.postgres import store
 from cellferry.stores.postgres.wire import wires
+from fixtures.ferry import make_ferry
+from fixtures.postgres import FreshDatabases, postgres_versions
 
 SCHEMA = """
 CREATE SCHEMA "Other Schema";

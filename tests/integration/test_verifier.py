@@ -61,8 +61,8 @@ FAULTS = {
         ("public.events", "1, 2", "differs"),
     ),
     "an orphan": (
-        "UPDATE issues SET id = 1998, project_id = 555 WHERE id = 1999",
-        ("public.issues", "1998", "orphan"),
+        "UPDATE issues SET project_id = 555 WHERE id = 1999",
+        ("public.issues", "1999", "orphan"),
     ),
     "a missing shared row": (
         "DELETE FROM users WHERE id = 2",
@@ -100,6 +100,29 @@ def test_a_doubled_row_is_found(copied: tuple[Ferry, PostgresMove]) -> None:
 
     (mismatch,) = move.verify().mismatches
     assert (mismatch.part, mismatch.key, mismatch.reason) == ("public.events", "1, 2", "differs")
+
+
+ORPHAN = "INSERT INTO issues (id, project_id, iid, title) VALUES (1000, 555, 1, 'left behind')"
+
+
+def test_an_orphan_that_the_source_does_not_have_is_found(
+    copied: tuple[Ferry, PostgresMove],
+) -> None:
+    ferry, move = copied
+    ferry.run(Side.SOURCE, "DELETE FROM issues WHERE id = 1000")
+    damage(ferry, ORPHAN)
+
+    (mismatch,) = move.verify().mismatches
+    assert (mismatch.key, mismatch.reason) == ("1000", "orphan")
+
+
+def test_a_child_of_another_move_that_waits_for_its_parent_is_no_orphan(
+    copied: tuple[Ferry, PostgresMove],
+) -> None:
+    ferry, move = copied
+    damage(ferry, ORPHAN)  # row 1000 is organization 2's at the source
+
+    assert move.verify().ok
 
 
 def test_faults_that_cancel_each_other_out_are_found(copied: tuple[Ferry, PostgresMove]) -> None:
