@@ -8,7 +8,6 @@ savepoint) does not matter: only its current row does.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import psycopg
@@ -16,10 +15,12 @@ from psycopg import sql
 
 from cellferry.errors import VerificationFailed
 from cellferry.model import Move
+from cellferry.stores.postgres.applied import Applied, dangling, deletes, digests
 from cellferry.stores.postgres.conflicts import WAITING_ROOM, admit, clear_the_way, waiting_room
+from cellferry.stores.postgres.delta import Delta
 from cellferry.stores.postgres.ownership import owner_text
 from cellferry.stores.postgres.references import Needs, ReferencedRows, outward
-from cellferry.stores.postgres.row_keys import key_array, key_text
+from cellferry.stores.postgres.row_keys import key_array
 from cellferry.stores.postgres.schema import ForeignKey, Hop, Placement, Table
 from cellferry.stores.postgres.scope import (
     Key,
@@ -27,24 +28,12 @@ from cellferry.stores.postgres.scope import (
     keys_join,
     keys_match,
     keys_relation,
-    row_hash,
 )
 from cellferry.stores.postgres.transactions import write
 from cellferry.stores.postgres.wire import Wire
 
 #: Dirty keys by relation.
 Keys = Mapping[str, set[Key]]
-
-
-@dataclass
-class Applied:
-    """What one application changed and compared."""
-
-    keys: int = 0
-    rows: int = 0
-    bytes: int = 0
-    compared: int = 0
-    hashes: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 class Applier:
@@ -68,6 +57,7 @@ class Applier:
         self._scope = scope
         self._move = move
         self._references = ReferencedRows(source, destination, scope, wires, move.migration)
+        self._delta = Delta(source, destination, scope, move, self._references)
 
     def apply(
         self,
@@ -89,6 +79,8 @@ class Applier:
             LeaseLost: another attempt took over.
             PermanentError: another organization's row stands in the way.
         """
+        if complete and (applied := self._delta.apply(keys, before_commit)) is not None:
+            return applied
         try:
             return self._attempt(
                 keys, complete=complete, careful=False, before_commit=before_commit
@@ -152,24 +144,8 @@ class Applier:
         return applied
 
     def _delete(self, pending: Mapping[Table, set[Key]]) -> None:
-        """Delete all keys with one statement.
-
-        Every part of it sees the tables as before, so the guard of a child still finds its
-        parents, whatever the order and whatever cycles there are.
-        """
-        parts = [
-            sql.SQL("{} AS (DELETE FROM {} AS t USING {} WHERE {} AND {})").format(
-                sql.Identifier(f"d{number}"),
-                table.name.identifier,
-                keys_relation(table, some),
-                keys_match(table),
-                self._scope.owned(table),
-            )
-            for number, (table, some) in enumerate(pending.items())
-        ]
-        self._destination.execute(
-            sql.SQL("WITH {} SELECT 1").format(sql.SQL(", ").join(parts)), prepare=False
-        )
+        """Delete all keys with one statement, each guarded by the organization."""
+        self._destination.execute(deletes(self._scope, pending), prepare=False)
 
     def _delete_orphans(self, pending: Mapping[Table, set[Key]]) -> None:
         """Delete rows of `pending` of which the destination cannot tell whose they are.
@@ -380,86 +356,23 @@ class Applier:
         return self._references.bring(needs)
 
     def _compare(self, done: Mapping[str, set[Key]], applied: Applied) -> None:
-        relations = [relation for relation, some in done.items() if some]
-        if not relations:
+        keys = {self._scope.by_relation[name]: some for name, some in done.items() if some}
+        if not keys:
             return
-        statement = sql.SQL(" UNION ALL ").join(
-            self._digest(relation, done[relation]) for relation in relations
-        )
+        statement = digests(self._scope, keys)
         here = {row[0]: row[1:] for row in self._source.execute(statement, prepare=False)}
         there = {row[0]: row[1:] for row in self._destination.execute(statement, prepare=False)}
-        for relation in relations:
-            if here[relation] != there[relation]:
+        for relation, (count, total) in here.items():
+            if there[relation] != (count, total):
                 raise VerificationFailed(
-                    f"{relation} differs after a round: {here[relation][0]} rows at the source,"
+                    f"{relation} differs after a round: {count} rows at the source,"
                     f" {there[relation][0]} at the destination of {len(done[relation])} keys",
                     hint="nothing was committed; run verify to see the rows",
                     organization=self._scope.organization,
                     where=relation,
                 )
             applied.compared += len(done[relation])
-            applied.hashes[relation] = {
-                "count": str(here[relation][0]),
-                "hash": str(here[relation][1]),
-            }
-
-    def _digest(self, relation: str, keys: set[Key]) -> sql.Composed:
-        table = self._scope.by_relation[relation]
-        owned = self._scope.owned(table) if table.owners else sql.SQL("true")
-        return sql.SQL(
-            "SELECT {}::text, count(*), COALESCE(sum({}), 0)::text FROM {} AS t {} WHERE {}"
-        ).format(
-            sql.Literal(relation),
-            row_hash(table),
-            table.name.identifier,
-            keys_join(table, keys),
-            owned,
-        )
-
-
-def dangling(
-    number: int,
-    table: Table,
-    foreign_key: ForeignKey,
-    join: sql.Composable,
-    *,
-    condition: sql.Composable | None = None,
-    select: sql.Composable | None = None,
-) -> sql.Composed:
-    """Return a SELECT of the rows `t` of `table` whose foreign key leads to no row.
-
-    Args:
-        number: what the first column is: which of several such statements a row comes from.
-        table: the child.
-        foreign_key: one of its foreign keys.
-        join: what follows `FROM table AS t`, or nothing.
-        condition: which rows; by default all.
-        select: the second column; by default the values of the foreign key.
-    """
-    present = sql.SQL(" AND ").join(
-        sql.SQL("{} IS NOT NULL").format(sql.Identifier("t", column))
-        for column in foreign_key.columns
-    )
-    tie = sql.SQL(" AND ").join(
-        sql.SQL("{} = {}").format(sql.Identifier("p", theirs), sql.Identifier("t", ours))
-        for ours, theirs in zip(foreign_key.columns, foreign_key.parent_columns, strict=True)
-    )
-    values = sql.SQL("ARRAY[{}]").format(
-        sql.SQL(", ").join(key_text(table.column(column), "t") for column in foreign_key.columns)
-    )
-    return sql.SQL(
-        "SELECT DISTINCT {}, {} FROM {} AS t {} WHERE {} AND {}"
-        " AND NOT EXISTS (SELECT 1 FROM {} AS p WHERE {})"
-    ).format(
-        sql.Literal(number),
-        values if select is None else select,
-        table.name.identifier,
-        join,
-        sql.SQL("true") if condition is None else condition,
-        present,
-        foreign_key.parent.identifier,
-        tie,
-    )
+            applied.hashes[relation] = {"count": str(count), "hash": str(total)}
 
 
 def _tie(hop: Hop) -> sql.Composed:

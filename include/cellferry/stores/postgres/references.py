@@ -249,8 +249,13 @@ class ReferencedRows:
         """Return those of `among` that this migration brought."""
         if not among:
             return set()
+        statement = self.imported(table, among)
+        return {tuple(key) for (key,) in self._destination.execute(statement, prepare=False)}
+
+    def imported(self, table: Table, among: Collection[Key]) -> sql.Composed:
+        """Return a query for those of `among` that this migration brought."""
         width = len(table.primary_key)
-        statement = sql.SQL(
+        return sql.SQL(
             "SELECT i.key FROM cellferry.imported_row AS i JOIN {} ON i.key = ARRAY[{}]"
             " WHERE i.migration = {} AND i.relation = {}"
         ).format(
@@ -259,7 +264,10 @@ class ReferencedRows:
             sql.Literal(self._migration),
             sql.Literal(str(table.name)),
         )
-        return {tuple(key) for (key,) in self._destination.execute(statement, prepare=False)}
+
+    def has_holders(self, table: Table) -> bool:
+        """Whether rows of `table` may belong to other referenced rows."""
+        return bool(self._holders(table))
 
     def _holders(self, table: Table) -> tuple[ForeignKey, ...]:
         """Return the relations by which rows of `table` belong to other referenced rows."""

@@ -16,7 +16,8 @@ from typing import Any
 import psycopg
 
 from cellferry.model import Move, Round
-from cellferry.stores.postgres.apply import Applied, Applier
+from cellferry.stores.postgres.applied import Applied
+from cellferry.stores.postgres.apply import Applier
 from cellferry.stores.postgres.scope import Key, Scope
 from cellferry.stores.postgres.transactions import snapshot, write
 from cellferry.stores.postgres.wire import Wire

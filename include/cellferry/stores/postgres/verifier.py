@@ -22,7 +22,7 @@ import psycopg
 from psycopg import sql
 
 from cellferry.model import Mismatch, Move, Progress, Verification
-from cellferry.stores.postgres.apply import dangling
+from cellferry.stores.postgres.applied import dangling
 from cellferry.stores.postgres.ownership import owner_text
 from cellferry.stores.postgres.references import is_comparable
 from cellferry.stores.postgres.row_keys import key_array
