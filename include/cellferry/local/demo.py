@@ -48,7 +48,7 @@ class Wishes:
 
     organizations: int = 12
     rows: int = LARGE_ROWS
-    writes_per_s: int = 700
+    writes_per_s: int = 450
     keep: bool = False
 
     @classmethod

@@ -91,6 +91,10 @@ class _Timings:
     last: float = field(default_factory=time.monotonic)
     finished: dict[str, Any] = field(default_factory=dict)
 
+    def restart(self) -> None:
+        """Begin to count here: nobody waits yet."""
+        self.started = self.last = time.monotonic()
+
     def mark(self, name: str) -> None:
         now = time.monotonic()
         self.parts[name] = round(now - self.last, 5)
@@ -140,6 +144,12 @@ def _barrier(at: Attempt) -> _Timings:
 
 def _freeze_and_finish(at: Attempt, timings: _Timings) -> None:
     """Steps 1 to 3: every store frozen, the last delta applied, verified and committed."""
+    if at.move.strategy is Strategy.ONLINE:
+        # What changed while the topology committed. The store that drains writers goes last: what
+        # becomes dirty between its round and its freeze is what the pause has to carry.
+        for store in reversed(list(at.stores.values())):
+            store.sync()
+        timings.restart()
     for kind, store in at.stores.items():
         store.freeze(at.move.limits.drain_deadline_s)
         timings.mark(f"freeze {kind}")
@@ -268,7 +278,7 @@ def _catch_up(at: Attempt) -> None:
     budget_s = at.move.limits.pause_budget_s / len(at.stores)
     for _ in range(at.options.max_rounds):
         at.progress.check()
-        rounds = [store.sync() for store in at.stores.values()]
+        rounds = [store.sync() for store in reversed(list(at.stores.values()))]
         if all(is_small(one, budget_s) for one in rounds):
             return
     raise NotConverging(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -23,9 +24,17 @@ FAILURE = "failure"
 LONGEST_MESSAGE = 2_000
 
 
+#: Priority of work that nobody waits for: a cutover on the same worker, and the servers where
+#: they share its machine, go first.
+GENTLE = 10
+
+
 @contextmanager
-def step_context() -> Iterator[Context]:
+def step_context(*, waited_for: bool = False) -> Iterator[Context]:
     """Open everything that a step needs, as the running Airflow task.
+
+    Args:
+        waited_for: whether writers wait for this step; all others yield the processor.
 
     An error that leaves the block is said in plain words in the log and left for the report, with
     secrets masked; then Airflow's retry policy decides.
@@ -36,6 +45,8 @@ def step_context() -> Iterator[Context]:
     from cellferry.orchestration.progress import ProgressBoard
     from cellferry.settings import default_path, load
 
+    if not waited_for:
+        os.setpriority(os.PRIO_PROCESS, 0, max(GENTLE, os.getpriority(os.PRIO_PROCESS, 0)))
     airflow: Mapping[str, Any] = get_current_context()
     state_store = airflow.get("task_state_store")
     connections = AirflowConnections()

@@ -28,8 +28,9 @@ CLEAN_UP_STEPS = ("wait_for_ttl", "cleanup")
 
 #: Tasks of one kind at once, over all runs: a cell's servers have other work to do, too.
 COPIES_AT_ONCE = 4
-#: Few, because a cutover that shares its processor with others pauses writers for longer.
-CUTOVERS_AT_ONCE = 2
+#: A cutover takes about a second, and one that shares its processor with another pauses writers
+#: for longer.
+CUTOVERS_AT_ONCE = 1
 CLEAN_UPS_AT_ONCE = 2
 
 #: What is nearer to its end goes first, so that organizations spend little time half moved.
@@ -145,7 +146,7 @@ def cutover(*, organization: Mapping[str, str], before: Mapping[str, Any]) -> di
     """Move the authority behind one barrier; its writers wait for the write pause."""
     from cellferry.migration import steps
 
-    with step_context() as ferry:
+    with step_context(waited_for=True) as ferry:
         return brief(steps.cutover(ferry, before["migration"]))
 
 

@@ -30,10 +30,18 @@ def key_text(column: Column, row: str) -> sql.Composed:
     value = sql.SQL("{}.{}").format(record, sql.Identifier(column.name))
     if column.type.split("(")[0] in _STABLE:
         return sql.SQL("{}::text").format(value)
+    # Names are qualified: the gate's triggers run with their owner's rights, whatever the path is.
     if column.type == "bytea":
-        return sql.SQL("('\\x' || encode({}, 'hex'))").format(value)
+        return sql.SQL("('\\x' OPERATOR(pg_catalog.||) pg_catalog.encode({}, 'hex'))").format(value)
+    if column.type.startswith("timestamp") and column.type.endswith("with time zone"):
+        # in UTC whatever the application's TimeZone is
+        return sql.SQL(
+            "(CASE WHEN pg_catalog.isfinite({0}) THEN (pg_catalog.to_jsonb("
+            "pg_catalog.timezone('UTC', {0})) OPERATOR(pg_catalog.#>>) '{{}}')"
+            " OPERATOR(pg_catalog.||) '+00:00' ELSE {0}::text END)"
+        ).format(value)
     # to_jsonb writes dates and times in ISO 8601 whatever DateStyle says
-    return sql.SQL("(to_jsonb({}) #>> '{{}}')").format(value)
+    return sql.SQL("(pg_catalog.to_jsonb({}) OPERATOR(pg_catalog.#>>) '{{}}')").format(value)
 
 
 def key_equals(table: Table, row: str, keys: str) -> sql.Composed:

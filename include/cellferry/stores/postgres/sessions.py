@@ -90,7 +90,7 @@ def connect(
         InvalidInput: no such database, or not a connection string.
     """
     try:
-        parameters = conninfo_to_dict(endpoint_url)
+        parameters: dict[str, Any] = dict(conninfo_to_dict(endpoint_url))
     except psycopg.ProgrammingError as error:
         # The text of the error may show the password.
         raise InvalidInput("a connection of this cell is not a PostgreSQL URL") from error
@@ -110,7 +110,7 @@ def connect(
         "client_encoding": "utf8",
     }
     with translate_errors(where):
-        connection = psycopg.connect(make_conninfo(**parameters), autocommit=autocommit)
+        connection = psycopg.connect(make_conninfo("", **parameters), autocommit=autocommit)
         try:
             _insist_on_durable_commits(connection)
         except BaseException:

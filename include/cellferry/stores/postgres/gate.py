@@ -1,0 +1,695 @@
+"""The gate of one organization in one cell: arming, freezing, handing over, and who may do it.
+
+The gate is a row of `cellferry.gate`; without a row the organization's writers pass unhindered. The
+triggers that obey it are in `triggers` and `gate.sql`. Every change is a compare-and-set on
+migration, attempt, epoch and state, so that a controller that was presumed dead changes nothing.
+
+What makes it correct:
+
+*Arming* is complete when every transaction older than the gate's row has ended: one that did not
+see the row neither takes the lock nor logs a key. `arm` and `import_gate` wait for them.
+
+*Freezing* takes the exclusive side of the lock whose shared side every writer of an armed
+organization holds to the end of its transaction; then makes `frozen` durable, then goes on holding
+the lock, so that writers wait instead of failing. The lock dies with its session, `frozen` stays.
+
+The functions expect a connection in autocommit mode and commit what they do, unless a transaction
+is open: then they take part in it.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, LiteralString
+
+import psycopg
+from psycopg.pq import TransactionStatus
+
+from cellferry.errors import (
+    AuthorityViolation,
+    CellferryError,
+    DrainTimeout,
+    LeaseLost,
+    TransientError,
+    WrongState,
+)
+from cellferry.model import GateState, Move, Progress, Side
+from cellferry.stores.postgres import sessions
+
+Connection = psycopg.Connection[Any]
+
+TAKEOVER_DEADLINE_S = 10.0
+"""How long an older attempt's transaction may go on after its session was told to end."""
+
+LONGEST_DRAIN_ATTEMPT_S = 1.0
+"""Attempts get longer, so that writers that need longer than one attempt drain, too."""
+
+POLL_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """A row of `cellferry.gate`."""
+
+    organization: str
+    state: GateState
+    armed: bool
+    settled: bool
+    migration: int
+    attempt: int
+    epoch: int
+    moved_to: str | None
+    lock_key: int
+
+
+def state(connection: Connection, organization: str) -> Gate | None:
+    """Return the gate of `organization` in this cell; None means open and not armed."""
+    row = connection.execute(
+        "SELECT organization, state, armed, settled, migration, attempt, epoch, moved_to, lock_key"
+        " FROM cellferry.gate WHERE organization = %s",
+        (organization,),
+    ).fetchone()
+    if row is None:
+        return None
+    name, text, *rest = row
+    return Gate(name, GateState(text), *rest)
+
+
+# ── the lease ───────────────────────────────────────────────────────────────────────────────────
+
+
+def take_lease(connection: Connection, move: Move) -> None:
+    """Make `move.attempt` the only attempt that may write in this cell (hazard 1). Repeatable.
+
+    Ends the sessions of older attempts, and returns when none of their transactions is left.
+
+    Raises:
+        LeaseLost: a newer attempt has the lease.
+        TransientError: an older attempt's transaction did not end in time.
+    """
+    deadline = time.monotonic() + TAKEOVER_DEADLINE_S
+    while True:
+        ended = _end_older_sessions(connection, move)
+        try:
+            with connection.transaction():
+                sessions.set_locally(connection, "lock_timeout", "200ms")
+                _insist_on_attempt(_upsert_lease(connection, move), move)
+                # An older attempt's compare-and-set of the gate must fail, too.
+                connection.execute(
+                    "UPDATE cellferry.gate SET attempt = %(attempt)s"
+                    " WHERE organization = %(organization)s AND migration = %(migration)s"
+                    " AND attempt < %(attempt)s",
+                    _facts(move),
+                )
+        except psycopg.errors.LockNotAvailable as error:
+            if time.monotonic() > deadline:
+                raise TransientError(
+                    f"an older attempt at migration {move.migration} is still writing"
+                    f" (sessions {', '.join(map(str, ended)) or 'of another role'})",
+                    hint="end that session on the server, then retry",
+                    organization=move.organization.slug,
+                ) from error
+        else:
+            if not ended:
+                return
+        if time.monotonic() > deadline:
+            raise TransientError(
+                f"sessions {', '.join(map(str, ended))} of an older attempt do not end",
+                hint="end them on the server, then retry",
+                organization=move.organization.slug,
+            )
+        time.sleep(POLL_S)
+
+
+def _upsert_lease(connection: Connection, move: Move) -> int | None:
+    row = connection.execute(
+        "INSERT INTO cellferry.lease AS lease (migration, organization, attempt)"
+        " VALUES (%(migration)s, %(organization)s, %(attempt)s)"
+        " ON CONFLICT (migration) DO UPDATE"
+        " SET attempt = EXCLUDED.attempt, taken_at = now()"
+        " WHERE lease.attempt <= EXCLUDED.attempt RETURNING attempt",
+        _facts(move),
+    ).fetchone()
+    return None if row is None else int(row[0])
+
+
+def _insist_on_attempt(attempt: int | None, move: Move) -> None:
+    if attempt != move.attempt:
+        raise _lease_lost(move)
+
+
+def _lease_lost(move: Move) -> LeaseLost:
+    return LeaseLost(
+        f"another attempt at migration {move.migration} took over from attempt {move.attempt}",
+        hint="nothing; the newer attempt goes on",
+        organization=move.organization.slug,
+    )
+
+
+def _end_older_sessions(connection: Connection, move: Move) -> list[int]:
+    """Ask older attempts' sessions to end; return those that are there.
+
+    A session's name says whose attempt it is; a role may end its own sessions.
+    """
+    rows = connection.execute(
+        r"""
+        SELECT pid, pg_terminate_backend(pid) FROM pg_stat_activity
+        WHERE usename = current_user AND pid <> pg_backend_pid() AND datname = current_database()
+            AND substring(application_name FROM %(pattern)s)::int < %(attempt)s
+        """,
+        {"pattern": rf"^cellferry:{move.migration}:(\d{{1,9}}):", "attempt": move.attempt},
+    ).fetchall()
+    return [int(row[0]) for row in rows]
+
+
+def hold_lease(connection: Connection, move: Move) -> None:
+    """Hold this attempt's lease to the end of the current transaction.
+
+    A takeover waits for, or ends, the transaction.
+
+    Raises:
+        LeaseLost: a newer attempt has it.
+    """
+    if connection.autocommit and connection.info.transaction_status is TransactionStatus.IDLE:
+        raise WrongState("a lease is held by a transaction, and none is open")
+    held = connection.execute(
+        "SELECT FROM cellferry.lease WHERE migration = %s AND attempt = %s FOR SHARE",
+        (move.migration, move.attempt),
+        prepare=True,
+    )
+    if held.rowcount != 1:
+        raise _lease_lost(move)
+
+
+def drop_lease(connection: Connection, move: Move) -> None:
+    """Remove the lease of a migration that has ended in this cell. Repeatable."""
+    connection.execute(
+        "DELETE FROM cellferry.lease WHERE migration = %s AND attempt <= %s",
+        (move.migration, move.attempt),
+    )
+
+
+# ── capture ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def arm(connection: Connection, move: Move, progress: Progress | None = None) -> None:
+    """Start logging the organization's keys at the source; complete when it returns. Repeatable.
+
+    Raises:
+        DrainTimeout: transactions older than the arming did not end within
+            `limits.arm_deadline_s`; names them. The gate stays armed: repeat to go on waiting.
+        LeaseLost: a newer attempt has the lease.
+        AuthorityViolation: the cell's gate says that another cell has authority.
+        WrongState: the gate is not open.
+    """
+    with _fenced(connection, move):
+        changed = connection.execute(
+            """
+            INSERT INTO cellferry.gate AS gate
+                (organization, state, armed, migration, attempt, epoch)
+            VALUES (%(organization)s, 'open', true, %(migration)s, %(attempt)s, %(epoch)s)
+            ON CONFLICT (organization) DO UPDATE SET
+                armed = true, settled = gate.settled AND gate.armed, changed_at = now(),
+                migration = EXCLUDED.migration, attempt = EXCLUDED.attempt
+            -- a retained move that ended here leaves its gate to the next one
+            WHERE gate.state = 'open' AND gate.epoch = EXCLUDED.epoch
+                AND gate.migration <= EXCLUDED.migration
+            """,
+            _facts(move),
+        ).rowcount
+        if changed != 1:
+            raise _refusal(connection, move, Side.SOURCE, "armed")
+    _settle(connection, move, Side.SOURCE, progress)
+
+
+def import_gate(connection: Connection, move: Move, progress: Progress | None = None) -> None:
+    """Gate the destination: nobody but the mover writes this organization there. Repeatable.
+
+    Raises:
+        DrainTimeout: older transactions did not end; one might write past the gate, or later
+            past the reverse capture.
+        LeaseLost: a newer attempt has the lease.
+        WrongState: another migration's gate is there.
+    """
+    with _fenced(connection, move):
+        changed = connection.execute(
+            """
+            INSERT INTO cellferry.gate AS gate
+                (organization, state, armed, migration, attempt, epoch)
+            VALUES (%(organization)s, 'importing', false, %(migration)s, %(attempt)s, %(epoch)s)
+            ON CONFLICT (organization) DO UPDATE SET attempt = EXCLUDED.attempt
+            WHERE gate.state = 'importing' AND gate.migration = EXCLUDED.migration
+                AND gate.epoch = EXCLUDED.epoch
+            """,
+            _facts(move),
+        ).rowcount
+        if changed != 1:
+            raise _refusal(connection, move, Side.DESTINATION, "importing")
+    _settle(connection, move, Side.DESTINATION, progress)
+
+
+def arm_reverse(connection: Connection, move: Move) -> None:
+    """Make the destination log keys from its first write on. Part of the last delta's commit."""
+    _change(
+        connection,
+        move,
+        Side.DESTINATION,
+        "armed for the way back",
+        "UPDATE cellferry.gate SET armed = true WHERE organization = %(organization)s"
+        " AND migration = %(migration)s AND attempt = %(attempt)s AND epoch = %(epoch)s"
+        " AND state = 'importing'",
+    )
+
+
+def hand_over_source(connection: Connection, move: Move) -> None:
+    """After the flip: the source says `moved`, with the new epoch and cell. Repeatable."""
+    _change(
+        connection,
+        move,
+        Side.SOURCE,
+        "handed over",
+        "UPDATE cellferry.gate SET state = 'moved', armed = false, epoch = %(epoch)s + 1,"
+        " moved_to = %(moved_to)s, changed_at = now() WHERE organization = %(organization)s"
+        " AND migration = %(migration)s AND attempt = %(attempt)s"
+        " AND (state = 'frozen' AND epoch = %(epoch)s"
+        " OR state = 'moved' AND epoch = %(epoch)s + 1)",
+    )
+
+
+def hand_over_destination(connection: Connection, move: Move) -> None:
+    """After the flip: the destination is open, with the new epoch. Repeatable."""
+    _change(
+        connection,
+        move,
+        Side.DESTINATION,
+        "opened",
+        "UPDATE cellferry.gate SET state = 'open', epoch = %(epoch)s + 1, changed_at = now()"
+        " WHERE organization = %(organization)s"
+        " AND migration = %(migration)s AND attempt = %(attempt)s AND armed"
+        " AND (state = 'importing' AND epoch = %(epoch)s"
+        " OR state = 'open' AND epoch = %(epoch)s + 1)",
+    )
+
+
+def thaw(connection: Connection, move: Move) -> None:
+    """Before the flip: open the source again. Harmless where this migration froze nothing.
+
+    Raises:
+        LeaseLost: a newer attempt has the lease.
+        WrongState: this migration handed over already.
+    """
+    changed = connection.execute(
+        "UPDATE cellferry.gate SET state = 'open', changed_at = now()"
+        " WHERE organization = %(organization)s AND migration = %(migration)s"
+        " AND attempt = %(attempt)s AND epoch = %(epoch)s AND state = 'frozen'",
+        _facts(move),
+    ).rowcount
+    if changed == 1:
+        return
+    found = state(connection, move.organization.id)
+    if found is None or found.migration != move.migration or found.state is GateState.OPEN:
+        return
+    raise _refusal(connection, move, Side.SOURCE, "thawed")
+
+
+def disarm(connection: Connection, move: Move) -> None:
+    """End capture where the gate is open: the gate goes, and its log. Repeatable."""
+    _remove(connection, move, ("open",))
+
+
+def remove(connection: Connection, move: Move) -> None:
+    """Remove this migration's gate and its key log from a cell. Repeatable.
+
+    Raises:
+        WrongState: the gate is frozen; thaw it or hand over first.
+    """
+    _remove(connection, move, ("open", "moved", "importing"))
+
+
+def sweep_log(connection: Connection) -> int:
+    """Delete log rows that writers in flight added when their gate was just removed."""
+    return connection.execute(
+        "DELETE FROM cellferry.key_log AS log WHERE NOT EXISTS"
+        " (SELECT FROM cellferry.gate WHERE gate.organization = log.organization)"
+    ).rowcount
+
+
+def _remove(connection: Connection, move: Move, states: tuple[str, ...]) -> None:
+    facts = {**_facts(move), "states": list(states)}
+    gone = connection.execute(
+        "DELETE FROM cellferry.gate WHERE organization = %(organization)s"
+        " AND migration = %(migration)s AND attempt <= %(attempt)s AND state = ANY(%(states)s)"
+        " RETURNING lock_key",
+        facts,
+    ).fetchone()
+    found = state(connection, move.organization.id)
+    if found is not None:
+        if found.migration == move.migration:
+            raise _refusal(connection, move, Side.SOURCE, "removed")
+        return  # the next migration's; the log is its, too
+    if gone is not None:
+        _await_last_writers(connection, int(gone[0]))
+    connection.execute(
+        "DELETE FROM cellferry.key_log AS log WHERE organization = %(organization)s"
+        " AND NOT EXISTS"
+        " (SELECT FROM cellferry.gate WHERE gate.organization = log.organization)",
+        facts,
+    )
+
+
+def _await_last_writers(connection: Connection, lock_key: int) -> None:
+    """Writers that passed the gate may still add to its log; give them a moment."""
+    try:
+        with connection.transaction():
+            sessions.set_locally(connection, "lock_timeout", "500ms")
+            connection.execute("SELECT pg_advisory_xact_lock(%s)", (lock_key,))
+    except psycopg.errors.LockNotAvailable:
+        return  # what they leave behind is found by `sweep_log`
+
+
+def _change(
+    connection: Connection, move: Move, side: Side, what: str, statement: LiteralString
+) -> None:
+    if connection.execute(statement, _facts(move), prepare=True).rowcount != 1:
+        raise _refusal(connection, move, side, what)
+
+
+@contextmanager
+def _fenced(connection: Connection, move: Move) -> Iterator[None]:
+    with connection.transaction():
+        hold_lease(connection, move)
+        yield
+
+
+def _facts(move: Move) -> dict[str, Any]:
+    return {
+        "organization": move.organization.id,
+        "migration": move.migration,
+        "attempt": move.attempt,
+        "epoch": move.epoch,
+        "moved_to": move.destination.name,
+    }
+
+
+def _refusal(connection: Connection, move: Move, side: Side, what: str) -> CellferryError:
+    """Say why a compare-and-set of the gate met no row."""
+    found = state(connection, move.organization.id)
+    where = f"{move.cell(side).name}/postgres"
+    context: dict[str, Any] = {"organization": move.organization.slug, "where": where}
+    if found is None:
+        return WrongState(
+            f"the gate cannot be {what}: there is none",
+            hint="run the copy step again, which makes it",
+            **context,
+        )
+    if found.migration == move.migration and found.attempt > move.attempt:
+        return _lease_lost(move)
+    text = (
+        f"the gate cannot be {what} by migration {move.migration} at epoch {move.epoch}: it is"
+        f" {found.state} by migration {found.migration} at epoch {found.epoch}"
+    )
+    if found.moved_to:
+        text += f", moved to {found.moved_to}"
+    if side is Side.SOURCE and (
+        found.state in {GateState.MOVED, GateState.IMPORTING} and found.migration != move.migration
+    ):
+        return AuthorityViolation(
+            text,
+            hint="this cell has no authority for the organization; compare its route in the"
+            " topology with the gate",
+            **context,
+        )
+    return WrongState(
+        text,
+        hint=f"let migration {found.migration} end first: clean it up or abort it"
+        if found.migration != move.migration
+        else "see `cellferry status`; the step does not fit the gate's state",
+        **context,
+    )
+
+
+# ── waiting for transactions that may not know the gate ─────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class OpenTransaction:
+    """A transaction that somebody waits for. Ages are seconds; None where they are not told."""
+
+    id: str
+    pid: int | None
+    application: str
+    role: str
+    age_s: float | None
+    statement_age_s: float | None
+
+    def __str__(self) -> str:
+        if self.pid is None:
+            return f"prepared transaction {self.id!r} of {self.role}, open for {_age(self.age_s)}"
+        return (
+            f"pid {self.pid} ({self.application or 'no application name'}, role {self.role}),"
+            f" open for {_age(self.age_s)}, last statement {_age(self.statement_age_s)} ago"
+        )
+
+
+def _age(seconds: float | None) -> str:
+    return "an unknown time" if seconds is None else f"{seconds:.1f} s"
+
+
+def _seconds(interval: Any) -> float | None:
+    return None if interval is None else float(interval.total_seconds())
+
+
+def _settle(connection: Connection, move: Move, side: Side, progress: Progress | None) -> None:
+    """Wait until no transaction is left that may have missed the gate's row."""
+    found = state(connection, move.organization.id)
+    if found is not None and found.settled:
+        return
+    wait_for_older_transactions(
+        connection,
+        deadline_s=move.limits.arm_deadline_s,
+        progress=progress,
+        where=f"{move.cell(side).name}/postgres",
+        organization=move.organization.slug,
+    )
+    changed = connection.execute(
+        "UPDATE cellferry.gate SET settled = true WHERE organization = %(organization)s"
+        " AND migration = %(migration)s AND attempt = %(attempt)s",
+        _facts(move),
+    ).rowcount
+    if changed != 1:
+        raise _refusal(connection, move, side, "settled")
+
+
+def wait_for_older_transactions(
+    connection: Connection,
+    *,
+    deadline_s: float,
+    progress: Progress | None = None,
+    where: str | None = None,
+    organization: str | None = None,
+) -> None:
+    """Return when every transaction of this database that is open now has ended, or is harmless.
+
+    Harmless is one that has written nothing and holds no snapshot: it will see all that is
+    committed by now. One that is past its commit record and waits for a standby still counts, and
+    so does a prepared one.
+
+    Raises:
+        DrainTimeout: some did not end within `deadline_s`; names them.
+    """
+    deadline = time.monotonic() + deadline_s
+    pending = _suspects(connection)
+    pause = POLL_S / 4
+    while pending:
+        _check(pending, deadline, progress, where, organization)
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.25)
+        now = _suspects(connection)
+        # One that was harmless once stays so: its later statements see the gate.
+        pending = {key: now[key] for key in pending if key in now}
+    # Whoever prepared meanwhile is in this list, because it had not ended before.
+    prepared = _prepared(connection)
+    while prepared:
+        _check(prepared, deadline, progress, where, organization)
+        time.sleep(pause)
+        now = _prepared(connection)
+        prepared = {key: now[key] for key in prepared if key in now}
+
+
+def _suspects(connection: Connection) -> dict[str, OpenTransaction]:
+    return {
+        row[0]: OpenTransaction(row[0], row[1], row[2], row[3], _seconds(row[4]), _seconds(row[5]))
+        for row in connection.execute(
+            "SELECT virtual_id, pid, application, role, age, statement_age"
+            " FROM cellferry.open_transactions() WHERE has_written OR has_snapshot"
+        )
+    }
+
+
+def _prepared(connection: Connection) -> dict[str, OpenTransaction]:
+    return {
+        str(row[0]): OpenTransaction(row[1], None, "", row[2], _seconds(row[3]), None)
+        for row in connection.execute(
+            "SELECT transaction::text, gid, owner, clock_timestamp() - prepared"
+            " FROM pg_prepared_xacts WHERE database = current_database()"
+        )
+    }
+
+
+def _check(
+    pending: dict[str, OpenTransaction],
+    deadline: float,
+    progress: Progress | None,
+    where: str | None,
+    organization: str | None,
+) -> None:
+    if progress is not None:
+        progress.check()
+    if time.monotonic() > deadline:
+        raise DrainTimeout(
+            f"{len(pending)} transactions are older than the gate and do not end: "
+            + "; ".join(str(one) for one in list(pending.values())[:5]),
+            hint="wait until they have ended, or end them; then retry",
+            organization=organization,
+            where=where,
+        )
+
+
+# ── the barrier ─────────────────────────────────────────────────────────────────────────────────
+
+
+class Barrier:
+    """The controller's session at the source: holds the exclusive side of the gate's lock.
+
+    Connects at once, so that nothing needs to be done under the gate but to lock it.
+    """
+
+    def __init__(self, url: str, move: Move) -> None:
+        self._url = url
+        self._move = move
+        self._lock_key: int | None = None
+        self._held = False
+        self._session: Connection | None = None
+        self._where = f"{move.source.name}/postgres"
+        self._connect()
+
+    @property
+    def lock_held(self) -> bool:
+        """Whether the session lives and holds the lock, as far as this side knows."""
+        return self._held and self._session is not None and not self._session.closed
+
+    def freeze(self, deadline_s: float) -> None:
+        """Drain the organization's writers and make `frozen` durable; new writers wait.
+
+        Repeatable. One attempt to get the lock is short: while it lasts, new writers queue behind
+        it, and one of them may hold what a writer in flight needs. Between attempts they go on.
+
+        Raises:
+            DrainTimeout: a writer did not end within `deadline_s`; the gate is as before.
+            LeaseLost: a newer attempt has the lease.
+            WrongState: the gate is not this migration's open gate.
+        """
+        deadline = time.monotonic() + deadline_s
+        session = self._connect()
+        with sessions.translate_errors(self._where):
+            if self._lock_key is None or not self._is_settled(session):
+                arm(session, self._move)
+                found = state(session, self._move.organization.id)
+                if found is None:
+                    raise _refusal(session, self._move, Side.SOURCE, "frozen")
+                self._lock_key = found.lock_key
+            if not self.lock_held:
+                self._lock(session, self._lock_key, deadline)
+            try:
+                _change(session, self._move, Side.SOURCE, "frozen", _FREEZE)
+            except BaseException:
+                self.release()
+                raise
+
+    def thaw(self) -> None:
+        """Open the source again and let waiting writers go on; see the function `thaw`."""
+        session = self._connect()
+        with sessions.translate_errors(self._where):
+            try:
+                thaw(session, self._move)
+            finally:
+                self.release()
+
+    def release(self) -> None:
+        """Let waiting writers go on, and close the session. Never fails; repeatable."""
+        session, self._session, self._held = self._session, None, False
+        if session is None:
+            return
+        try:
+            if not session.closed and self._lock_key is not None:
+                # The answer to it comes sooner than the end of a session.
+                session.execute("SELECT pg_advisory_unlock_all()")
+        except psycopg.Error:
+            pass  # the lock dies with the session
+        finally:
+            session.close()
+
+    def _connect(self) -> Connection:
+        if self._session is None or self._session.closed:
+            self._held = False
+            self._session = sessions.connect(
+                self._url, purpose="barrier", move=self._move, autocommit=True
+            )
+            with sessions.translate_errors(self._where):
+                found = state(self._session, self._move.organization.id)
+            self._lock_key = None if found is None else found.lock_key
+        return self._session
+
+    def _is_settled(self, session: Connection) -> bool:
+        found = state(session, self._move.organization.id)
+        return found is not None and found.settled and found.armed
+
+    def _lock(self, session: Connection, key: int, deadline: float) -> None:
+        attempt_s = self._move.limits.drain_attempt_s
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise self._drain_timeout(session, key)
+            sessions.set_for_session(
+                session, "lock_timeout", f"{max(1, round(1000 * min(attempt_s, left)))}ms"
+            )
+            try:
+                session.execute("SELECT pg_advisory_lock(%s)", (key,))
+            except psycopg.errors.LockNotAvailable:
+                # Writers that queued go on now; not in step with anything, so that no two
+                # cutovers and no writer's rhythm keep meeting.
+                time.sleep(max(0.0, min(random.uniform(0.5, 1.5) * attempt_s, left)))  # noqa: S311
+                attempt_s = min(attempt_s * 1.5, LONGEST_DRAIN_ATTEMPT_S)
+            else:
+                self._held = True
+                sessions.set_for_session(session, "lock_timeout", "0")
+                return
+
+    def _drain_timeout(self, session: Connection, key: int) -> DrainTimeout:
+        holders = [
+            OpenTransaction("", row[0], row[1], row[2], _seconds(row[3]), _seconds(row[4]))
+            for row in session.execute(
+                "SELECT pid, application, role, age, statement_age FROM cellferry.gate_holders(%s)",
+                (key,),
+            )
+        ]
+        named = "; ".join(map(str, holders[:5])) or "they ended just now"
+        return DrainTimeout(
+            f"writers in flight did not end: {named}",
+            hint="the source serves on; end these transactions or wait, then retry the cutover",
+            organization=self._move.organization.slug,
+            step="cutover",
+            where=self._where,
+        )
+
+
+_FREEZE: LiteralString = (
+    "UPDATE cellferry.gate SET state = 'frozen', changed_at = now()"
+    " WHERE organization = %(organization)s AND migration = %(migration)s"
+    " AND attempt = %(attempt)s AND epoch = %(epoch)s AND armed AND settled"
+    " AND state IN ('open', 'frozen')"
+)

@@ -1,0 +1,861 @@
+"""The Redis and Valkey store: keys of one organization, found by their prefix.
+
+How it moves them, and why so, is in `docs/decisions/0002-redis-capture-and-gate.md`.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
+
+from cellferry.errors import (
+    AccessDenied,
+    Blocked,
+    CellferryError,
+    InvalidInput,
+    LeaseLost,
+    NotPrepared,
+    TransientError,
+    Unreachable,
+    VerificationFailed,
+    WrongState,
+)
+from cellferry.model import (
+    Blocker,
+    Cell,
+    Cleaned,
+    Copied,
+    Finished,
+    GateState,
+    Inventory,
+    Move,
+    Progress,
+    Resource,
+    Resources,
+    Round,
+    Side,
+    Strategy,
+    Verification,
+)
+from cellferry.stores import base
+from cellferry.stores.redis import acl_users, inventory
+from cellferry.stores.redis.comparison import Applied, Pair, scan, settle
+from cellferry.stores.redis.copier import Copier
+from cellferry.stores.redis.gate import Gate, Marker
+from cellferry.stores.redis.key_prefix import MARKERS, KeyPrefix, application_user
+from cellferry.stores.redis.payloads import has_command
+from cellferry.stores.redis.tracking import Feed
+from cellferry.stores.redis.verifier import Verifier
+from cellferry.stores.redis.wire import Address, Command, Wire
+from cellferry.stores.throttle import Throttle
+
+KIND = "redis"
+
+ROUND_KEYS = 50_000
+"""Bound of one round."""
+SMALL_ROUND = 100
+"""Dirty keys that catch-up is content with."""
+CATCH_UP_ROUNDS = 8
+BARRIER_S = 2.0
+CLEANUP_BATCH = 500
+CLEANUP_KEYS_PER_S = 20_000
+"""Pace of a clean-up where the move sets none."""
+
+
+def _where(cell: Cell) -> str:
+    return f"{cell.name}/{KIND}"
+
+
+def _admin_address(cell: Cell) -> Address:
+    """The server of `cell` as its administrator.
+
+    Raises:
+        NotPrepared: this process has no admin connection to it.
+    """
+    endpoint = cell.stores[KIND]
+    if endpoint.admin_url is None:
+        raise NotPrepared(
+            "there is no admin connection: gates are ACL rules, which only it may change",
+            hint="set admin_connection for this store in cells.yaml",
+            where=_where(cell),
+        )
+    return Address.parse(endpoint.admin_url, _where(cell))
+
+
+class RedisStore(base.Store):
+    """Keys in a Redis or Valkey server without cluster mode.
+
+    Options in `cells.yaml`: `key_prefix`, `application_user` (both with `$organization`), and
+    `trusted_users`, a list of users that may write every key and never do for the application.
+    """
+
+    kind: ClassVar[str] = KIND
+
+    def prepare_cell(self, cell: Cell, progress: Progress) -> Mapping[str, Any]:
+        """Check that gates will hold here. Nothing needs to be installed for this store.
+
+        A gate is a change of the application's user, made when an organization moves.
+        """
+        blockers = [blocker for blocker in self._blockers(cell) if blocker.fatal]
+        if blockers:
+            first = blockers[0]
+            raise NotPrepared(
+                "; ".join(blocker.reason for blocker in blockers),
+                hint=first.remedy,
+                where=first.where,
+            )
+        with Wire(_admin_address(cell), "cellferry:prepare") as admin:
+            acl_users.save(admin)
+            engine = inventory.Engine.of(inventory.server_facts(admin))
+            commands = acl_users.unstoppable_commands(admin)
+        progress.report(KIND, "prepare", 1, 1, "servers")
+        return {
+            "engine": str(engine),
+            "installed": "nothing: the gate is the application user's ACL rules",
+            "closed_by_name": list(commands),
+        }
+
+    def unprepare_cell(self, cell: Cell, progress: Progress) -> Mapping[str, Any]:
+        """Remove leftovers of the mover: its users and marker keys.
+
+        Raises:
+            Blocked: an organization is still gated in this cell.
+        """
+        removed = 0
+        with Wire(_admin_address(cell), "cellferry:unprepare") as admin:
+            markers = _marker_keys(admin)
+            gates = [key for key in markers if key.startswith(f"{MARKERS}gate:".encode())]
+            for key in gates:
+                marker = Marker.parse(admin.call("GET", key))
+                if marker is not None and marker.state is not GateState.OPEN:
+                    raise Blocked(
+                        f"{key.decode()} is {marker.state.value} by migration {marker.migration}",
+                        hint="finish or abort that migration, and clean it up, first",
+                        where=_where(cell),
+                    )
+            users = [
+                name
+                for name in admin.call("ACL", "USERS")
+                if acl_users.attempt_of(name.decode()) is not None
+            ]
+            if users:
+                admin.call("ACL", "DELUSER", *users)
+                acl_users.save(admin)
+            if markers:
+                removed = admin.call("UNLINK", *markers)
+        progress.report(KIND, "unprepare", 1, 1, "servers")
+        return {"removed_users": len(users), "removed_keys": removed}
+
+    def check_cell(self, cell: Cell) -> tuple[Blocker, ...]:
+        """Say what keeps this cell from being part of a move; read-only."""
+        return tuple(self._blockers(cell))
+
+    @contextmanager
+    def open(self, move: Move, resources: Resources, progress: Progress) -> Iterator[RedisMove]:
+        """Prepare one attempt; connections are made when they are needed and close on exit."""
+        redis_move = RedisMove(move, resources, progress)
+        try:
+            yield redis_move
+        finally:
+            redis_move.close()
+
+    def _blockers(self, cell: Cell) -> Iterator[Blocker]:
+        try:
+            options = cell.stores[KIND].options
+            KeyPrefix.of(options, "x", where=_where(cell))
+            application_user(options, "x", where=_where(cell))
+            with Wire(_admin_address(cell), "cellferry:check") as admin:
+                failover_is_manual = options.get("failover") == "manual"
+                for blocker in inventory.cell_blockers(admin):
+                    if not (failover_is_manual and blocker.code == "standby-could-be-promoted"):
+                        yield blocker
+            with Wire(Address.parse(cell.stores[KIND].url, _where(cell)), "cellferry:check"):
+                pass  # it may log in
+        except CellferryError as error:
+            yield inventory.failure_blocker(error, _where(cell))
+
+
+def _marker_keys(admin: Wire) -> list[bytes]:
+    cursor, found = 0, set()
+    while True:
+        next_cursor, page = admin.call("SCAN", cursor, "MATCH", f"{MARKERS}*", "COUNT", 1000)
+        found.update(page)
+        cursor = int(next_cursor)
+        if cursor == 0:
+            return sorted(found)
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _verb(
+    method: Callable[Concatenate[RedisMove, _P], _R],
+) -> Callable[Concatenate[RedisMove, _P], _R]:
+    """Say LeaseLost where a newer attempt has deleted this one's users."""
+
+    @functools.wraps(method)
+    def wrapped(self: RedisMove, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return method(self, *args, **kwargs)
+        except (Unreachable, AccessDenied) as error:
+            self.explain_loss(error)
+            raise
+
+    return wrapped
+
+
+class _Deadline:
+    """A progress sink that also ends work which takes too long under the gate."""
+
+    def __init__(self, progress: Progress, seconds: float, what: str) -> None:
+        self._progress = progress
+        self._until = time.monotonic() + seconds
+        self._what = what
+
+    def report(
+        self, store: str, phase: str, done: int, total: int | None, unit: str, note: str = ""
+    ) -> None:
+        self._progress.report(store, phase, done, total, unit, note)
+
+    def check(self) -> None:
+        self._progress.check()
+        if time.monotonic() > self._until:
+            raise TransientError(
+                f"{self._what} takes too long under the gate",
+                hint="the cutover gives up and the source serves on; run it again",
+            )
+
+
+class RedisMove(base.StoreMove):
+    """The keys' part of one attempt at one migration."""
+
+    def __init__(self, move: Move, resources: Resources, progress: Progress) -> None:
+        self.move = move
+        self._resources = resources
+        self._progress = progress
+        self._prefix = self._agreed_prefix()
+        self._throttle = Throttle(move.throttle.keys_per_s)
+        self._gates: dict[Side, Gate] = {}
+        self._wires: dict[tuple[Side, str], Wire] = {}
+        self._users: dict[tuple[Side, bool], Address] = {}
+        self._feed: Feed | None = None
+        self._pair: Pair | None = None
+        self._pass_s: float | None = None
+        self._gate_changes = 0
+
+    # --- plan --------------------------------------------------------------------------------
+
+    def inventory(self) -> Inventory:
+        """Count and size the organization's keys, and list blockers, on both sides."""
+        blockers: list[Blocker] = []
+        store = RedisStore()
+        for side in Side:
+            blockers += store.check_cell(self.move.cell(side))
+        if any(b.code in ("unreachable", "access-denied", "cannot-check") for b in blockers):
+            return Inventory(KIND, "keys", (), tuple(blockers))
+        source, destination = self._gate(Side.SOURCE), self._gate(Side.DESTINATION)
+        parts = inventory.measure(source.admin, self._prefix)
+        for gate in (source, destination):
+            blockers += inventory.application_blockers(gate, self._trusted(gate))
+        size = sum(part.bytes for part in parts)
+        blockers += inventory.pair_blockers(source, destination, size)
+        rate = inventory.measure_write_rate(source.admin, self._prefix)
+        return Inventory(KIND, "keys", parts, tuple(blockers), rate)
+
+    # --- lease -------------------------------------------------------------------------------
+
+    def fence(self) -> None:
+        """Make this attempt the only one that may write; older ones' connections end.
+
+        Where a newer migration has one of the two cells, as it may while this one is retained,
+        only writes to that cell are lost.
+        """
+        lost: list[LeaseLost] = []
+        for side in Side:
+            gate = self._gate(side)
+            self._intend(side, "lease", self._prefix.marker("lease"))
+            try:
+                for name in gate.fence():
+                    self._forget(side, "acl_user", name)
+            except LeaseLost as error:
+                held = gate.lease()
+                if held is not None and held[0] == self.move.migration:
+                    raise
+                lost.append(error)
+        if len(lost) == len(Side):
+            raise lost[0]
+
+    def explain_loss(self, error: CellferryError) -> None:
+        """Raise LeaseLost if `error` is the effect of a newer attempt.
+
+        Raises:
+            LeaseLost: another attempt has the lease.
+        """
+        for side in {side for side, _ in self._users}:
+            cell = self.move.cell(side)
+            try:
+                with Wire(_admin_address(cell), self._name("lease")) as admin:
+                    held = self._new_gate(admin, side).holds_lease()
+            except CellferryError:
+                continue
+            if not held:
+                raise LeaseLost(
+                    f"attempt {self.move.attempt} of migration {self.move.migration} was replaced",
+                    hint="nothing to do: the newer attempt goes on",
+                    organization=self.move.organization.id,
+                    where=_where(cell),
+                ) from error
+
+    # --- copy --------------------------------------------------------------------------------
+
+    @_verb
+    def open_capture(self) -> None:
+        """Write down the source's rules, close the destination for everybody but the mover."""
+        for side in Side:
+            self._intend(side, "gate", self._prefix.marker("gate"))
+        self._gate(Side.SOURCE).record_source()
+        self._gate(Side.DESTINATION).close_for_import()
+
+    @_verb
+    def copy(self) -> Copied:
+        """Copy every key, throttled, from the last checkpoint on.
+
+        Needs no change feed: `sync` and `catch_up` compare everything before they follow one.
+        """
+        self._require_importing()
+        self._intend(Side.DESTINATION, "checkpoint", self._prefix.marker("checkpoint"))
+        run_id = inventory.server_facts(self._gate(Side.SOURCE).admin)["run_id"]
+        return Copier(
+            self._wire(Side.SOURCE, "scan"),
+            self._wire(Side.SOURCE, "read"),
+            self._wire(Side.DESTINATION, "write", writer=True),
+            prefix=self._prefix,
+            run_id=run_id,
+            throttle=self._throttle,
+            progress=self._progress,
+        ).run()
+
+    # --- sync --------------------------------------------------------------------------------
+
+    @_verb
+    def sync(self) -> Round:
+        """One round over the dirty keys.
+
+        A feed lives in this process only. The first call, and one after the feed was lost,
+        compares both sides completely and repairs what differs.
+        """
+        started = time.monotonic()
+        applied = self._follow()
+        total = self._round(ROUND_KEYS)
+        feed = self._feed_alive()
+        return Round(
+            applied.keys + total.keys,
+            len(feed),
+            applied.size + total.size,
+            time.monotonic() - started,
+        )
+
+    @_verb
+    def verify(self) -> Verification:
+        """Compare everything on both sides, while writers write."""
+        self._follow()
+        self._round(ROUND_KEYS)
+        feed = self._feed_alive()
+        return Verifier(
+            self._following(),
+            is_dirty=feed.__contains__,
+            barrier=lambda: feed.barrier(BARRIER_S),
+            progress=self._progress,
+        ).run()
+
+    # --- cutover -----------------------------------------------------------------------------
+
+    @_verb
+    def catch_up(self) -> Round:
+        """Open a feed, compare and repair everything, then rounds until one is small."""
+        if self.move.strategy is Strategy.FREEZE_FIRST:
+            return Round(0, 0, 0, 0.0)
+        started = time.monotonic()
+        applied = self._follow()
+        first = Round(applied.keys, len(self._feed_alive()), applied.size, 0.0)
+        rounds = [first]
+        for _ in range(CATCH_UP_ROUNDS):
+            round_started = time.monotonic()
+            total = self._round(ROUND_KEYS)
+            left = len(self._feed_alive())
+            rounds.append(Round(total.keys, left, total.size, time.monotonic() - round_started))
+            if left <= SMALL_ROUND or left >= rounds[-2].remaining:
+                break
+        # all that `finish` will use is there and warm before anybody is stopped
+        _ = self._gate(Side.SOURCE).unstoppable
+        self._gate(Side.DESTINATION).read()
+        last_started = time.monotonic()
+        total = self._round(ROUND_KEYS, last=True)
+        last = Round(
+            total.keys,
+            len(self._feed_alive()),
+            sum(r.bytes for r in rounds) + total.size,
+            time.monotonic() - last_started,
+        )
+        self._progress.report(
+            KIND,
+            "catch-up",
+            sum(r.applied for r in rounds) + last.applied,
+            None,
+            "keys",
+            f"{len(rounds)} rounds in {time.monotonic() - started:.1f} s",
+        )
+        return last
+
+    @_verb
+    def freeze(self, deadline_s: float) -> None:
+        """Make the application's user read-only at the source, at once and durably.
+
+        The server runs one command at a time, so nobody has to drain: a transaction or a script
+        is over or has not begun. Clients that wait in a blocking command are disconnected.
+        """
+        gate = self._gate(Side.SOURCE)
+        self._gate_changes = self._feed.gate_changes if self._feed else 0
+        gate.admin.wait_at_most(max(deadline_s, 0.1))
+        try:
+            gate.freeze()
+        finally:
+            gate.admin.wait_at_most(max(deadline_s, 15.0))
+
+    @_verb
+    def finish(self) -> Finished:
+        """Apply and verify the last dirty keys, and every stream, under the gate.
+
+        Reverse rounds need no capture to be armed: they compare both sides.
+        """
+        started = time.monotonic()
+        if not self._gate(Side.SOURCE).is_frozen_by_us():
+            raise WrongState(
+                "the source is not frozen by this migration",
+                hint="start the cutover again",
+                organization=self.move.organization.id,
+                where=_where(self.move.source),
+            )
+        self._require_importing()
+        if self.move.strategy is Strategy.FREEZE_FIRST:
+            return self._finish_everything(started)
+        feed = self._feed
+        broken = self._barrier_after_freeze()
+        if feed is None or broken is not None:
+            return self._finish_without_feed(started, broken)
+        pair = self._following()
+        dirty = feed.take()
+        streams = set(pair.streams)
+        try:
+            total = pair.bring(dirty | streams, may_wait=False)
+        except BaseException:
+            feed.give_up("the last delta was not applied")
+            raise
+        self._require_equal(total.unequal, pair)
+        return Finished(
+            total.keys,
+            total.compared,
+            time.monotonic() - started,
+            {"dirty_keys": len(dirty), "streams": len(streams), "bytes": total.size},
+        )
+
+    @_verb
+    def hand_over(self) -> None:
+        """Source `moved`, its user read-only until clean-up; destination open, its user free."""
+        self._end_feed()
+        self._gate(Side.SOURCE).hand_over_source()
+        self._gate(Side.DESTINATION).open_destination()
+
+    def release(self) -> None:
+        """Nobody waits here: refused writers try again by themselves."""
+
+    @_verb
+    def thaw(self) -> None:
+        """Give the application's user at the source its rules back; exactly those it had."""
+        self._gate(Side.SOURCE).thaw()
+
+    # --- soak --------------------------------------------------------------------------------
+
+    @_verb
+    def reverse_sync(self) -> Round:
+        """Bring the gated source up to date with the destination, by a complete comparison."""
+        started = time.monotonic()
+        gate = self._gate(Side.SOURCE)
+        if not gate.deletable(gate.read()):
+            raise WrongState(
+                "the source is not `moved` by this migration: it may not be written",
+                hint="reverse rounds run between the cutover and the clean-up",
+                organization=self.move.organization.id,
+                where=_where(self.move.source),
+            )
+        pair = Pair(
+            self._wire(Side.DESTINATION, "reverse-read"),
+            self._wire(Side.SOURCE, "reverse-compare"),
+            self._wire(Side.SOURCE, "reverse-write", writer=True),
+            prefix=self._prefix,
+            throttle=self._throttle,
+            progress=self._progress,
+        )
+        total = pair.complete_pass("reverse")
+        return Round(total.keys, len(total.unequal), total.size, time.monotonic() - started)
+
+    # --- the end -----------------------------------------------------------------------------
+
+    @_verb
+    def cleanup(self, side: Side) -> Cleaned:
+        """Delete the copy on `side` in paced batches; each batch checks the gate (hazard 4)."""
+        started = time.monotonic()
+        gate = self._gate(side)
+        marker = gate.read()
+        notes: tuple[str, ...] = ()
+        deleted = 0
+        if marker is None:
+            notes = ("no gate here: nothing of this migration to delete",)
+        elif marker.state is GateState.OPEN and marker.migration < self.move.migration:
+            notes = ("the gate was never closed by this migration: nothing to delete",)
+        elif not gate.deletable(marker):
+            raise self._late(side, marker)
+        else:
+            deleted = self._delete_keys(side, gate)
+        self._end_wires(side)
+        self._dismantle(side, cleaned=True)
+        self._dismantle(_other(side), cleaned=False)
+        return Cleaned(deleted, time.monotonic() - started, notes)
+
+    @_verb
+    def close_capture(self) -> None:
+        """Remove this migration's users on both sides, and markers where nothing is gated."""
+        self._end_feed()
+        for side in Side:
+            self._end_wires(side)
+            self._dismantle(side, cleaned=False)
+
+    def close(self) -> None:
+        """Close every connection and remove this attempt's users, whose passwords are lost."""
+        self._end_feed()
+        made = {side for side, _ in self._users}
+        for side in Side:
+            self._end_wires(side)
+        for side in made:
+            try:
+                self._delete_users(side)
+            except CellferryError:
+                continue  # the next attempt's fence, or the reaper, removes them
+        for gate in self._gates.values():
+            gate.admin.close()
+        self._gates.clear()
+
+    # --- inside: following -------------------------------------------------------------------
+
+    def _follow(self) -> Applied:
+        """See that a feed is open and that everything before it was compared."""
+        self._require_importing()
+        if self._feed is not None and self._feed.lost is None and self._pair is not None:
+            return Applied()
+        self._end_feed()
+        started = time.monotonic()
+        feed = Feed(self._user(Side.SOURCE, writer=False), self._name("feed"), self._prefix)
+        self._feed = feed
+        pair = self._new_pair()
+        applied = pair.complete_pass("compare")
+        self._pass_s = time.monotonic() - started
+        feed.put_back(applied.unequal)  # a round decides whether they changed meanwhile
+        self._pair = pair
+        return applied
+
+    def _round(self, limit: int, *, last: bool = False) -> Applied:
+        """Bring dirty keys over; the `last` round does what `finish` will do."""
+        feed, pair = self._feed_alive(), self._following()
+        feed.barrier(BARRIER_S)
+        keys = feed.take(limit)
+        if last:
+            keys |= pair.streams.keys()
+        try:
+            total = pair.bring(keys, may_wait=not last)
+            if total.unequal:
+                feed.barrier(BARRIER_S)
+                again = [key for key in total.unequal if key not in feed]
+                stuck = settle(again, lambda key: bool(pair.bring([key]).unequal))
+                feed.barrier(BARRIER_S)
+                self._require_equal(
+                    [key for key in stuck if key not in feed and not self._is_stream(key)], pair
+                )
+        except BaseException:
+            feed.give_up("a round was not finished")
+            raise
+        return total
+
+    def _is_stream(self, key: bytes) -> bool:
+        kind = self._following().origin.call("TYPE", key)
+        return str(kind if not isinstance(kind, bytes) else kind.decode()) == "stream"
+
+    def _barrier_after_freeze(self) -> TransientError | None:
+        """See that every change before the freeze is among the dirty keys; why not, otherwise."""
+        if self._feed is None:
+            return None
+        try:
+            self._feed.wait_for_gate(self._gate_changes, BARRIER_S)
+        except TransientError as error:
+            return error
+        return None
+
+    def _finish_everything(self, started: float) -> Finished:
+        copied = self.copy()
+        pair = self._new_pair()
+        applied = pair.complete_pass("compare")
+        self._require_equal(applied.unequal, pair)
+        verification = Verifier(
+            pair, is_dirty=lambda _key: False, barrier=lambda: None, progress=self._progress
+        ).run()
+        if not verification.ok:
+            self._require_equal([m.key.encode() for m in verification.mismatches], pair)
+        return Finished(
+            copied.count + applied.keys,
+            verification.compared,
+            time.monotonic() - started,
+            {"hashes": dict(verification.hashes), "bytes": copied.bytes + applied.size},
+        )
+
+    def _finish_without_feed(self, started: float, cause: TransientError | None) -> Finished:
+        """Compare everything under the gate if that is quick enough; else give up."""
+        reason = cause.message if cause else "this process has no change feed"
+        limits = self.move.limits
+        if self._pass_s is not None and self._pass_s > limits.pause_budget_s:
+            raise TransientError(
+                f"{reason}; comparing everything takes {self._pass_s:.1f} s, "
+                f"more than the pause budget of {limits.pause_budget_s} s",
+                hint="the cutover gives up and the source serves on; run it again",
+                organization=self.move.organization.id,
+            ) from cause
+        budget = limits.freeze_deadline_s if self._pass_s is None else limits.pause_budget_s
+        pair = self._new_pair(
+            progress=_Deadline(self._progress, max(budget, 0.5), "comparing everything"),
+            throttle=Throttle(None),
+        )
+        total = pair.complete_pass("finish")
+        self._require_equal(total.unequal, pair)
+        return Finished(
+            total.keys,
+            total.compared,
+            time.monotonic() - started,
+            {"feed_lost": reason, "bytes": total.size, "streams": len(pair.streams)},
+        )
+
+    def _require_equal(self, keys: list[bytes], pair: Pair) -> None:
+        def differs(key: bytes) -> bool:
+            (_, ours, theirs), *_ = pair.read([key])
+            return not (
+                pair.same(ours, theirs)
+                or pair.has_expired(ours, theirs)
+                or pair.same_logically(key)
+            )
+
+        left = settle(keys, differs, pause_s=0.01)
+        if left:
+            examples = ", ".join(key.decode(errors="backslashreplace") for key in left[:5])
+            raise VerificationFailed(
+                f"{len(left)} keys differ after they were copied: {examples}",
+                hint="look at these keys on both sides; run the step again",
+                organization=self.move.organization.id,
+                where=_where(self.move.destination),
+            )
+
+    def _require_importing(self) -> None:
+        gate = self._gate(Side.DESTINATION)
+        if not gate.is_importing_by_us():
+            raise WrongState(
+                "the destination is not gated for this migration",
+                hint="run the copy step first",
+                organization=self.move.organization.id,
+                where=gate.where,
+            )
+
+    def _feed_alive(self) -> Feed:
+        if self._feed is None:
+            raise WrongState("the change feed is not open", organization=self.move.organization.id)
+        return self._feed
+
+    def _following(self) -> Pair:
+        if self._pair is None:
+            raise WrongState("the change feed is not open", organization=self.move.organization.id)
+        return self._pair
+
+    def _new_pair(
+        self, *, progress: Progress | None = None, throttle: Throttle | None = None
+    ) -> Pair:
+        return Pair(
+            self._wire(Side.SOURCE, "compare"),
+            self._wire(Side.DESTINATION, "compare"),
+            self._wire(Side.DESTINATION, "write", writer=True),
+            prefix=self._prefix,
+            throttle=throttle or self._throttle,
+            progress=progress or self._progress,
+        )
+
+    def _end_feed(self) -> None:
+        if self._feed is not None:
+            self._feed.close()
+        self._feed = None
+        self._pair = None
+
+    # --- inside: cleaning --------------------------------------------------------------------
+
+    def _delete_keys(self, side: Side, gate: Gate) -> int:
+        scanner = self._wire(side, "clean-scan")
+        writer = self._wire(side, "clean", writer=True)
+        pace = Throttle(self.move.throttle.keys_per_s or CLEANUP_KEYS_PER_S)
+        gate_key = self._prefix.marker("gate")
+        deleted = 0
+        while True:
+            found = 0
+            for page in scan(scanner, self._prefix):
+                for start in range(0, len(page), CLEANUP_BATCH):
+                    batch = page[start : start + CLEANUP_BATCH]
+                    pace.take(len(batch), while_waiting=self._progress.check)
+                    self._progress.check()
+                    removed = self._delete_batch(writer, gate, gate_key, batch)
+                    deleted += removed
+                    found += removed
+                self._progress.report(KIND, "cleanup", deleted, None, "keys")
+            if not found:
+                return deleted
+
+    def _delete_batch(self, writer: Wire, gate: Gate, gate_key: str, batch: list[bytes]) -> int:
+        """One transaction: it is void if the gate is not as it must be, or changes."""
+        _, value = writer.checked([("WATCH", gate_key), ("GET", gate_key)])
+        marker = Marker.parse(value)
+        if not gate.deletable(marker):
+            writer.call("UNWATCH")
+            raise self._late(gate.side, marker)
+        commands: list[Command] = [("MULTI",), ("UNLINK", *batch), ("EXEC",)]
+        result = writer.checked(commands)[-1]
+        if result is None:
+            raise self._late(gate.side, Marker.parse(writer.call("GET", gate_key)))
+        return int(result[0])
+
+    def _late(self, side: Side, marker: Marker | None) -> WrongState:
+        found = (
+            f"{marker.state.value} by migration {marker.migration} at epoch {marker.epoch}"
+            if marker
+            else "absent"
+        )
+        return WrongState(
+            f"migration {self.move.migration} may not delete here: the gate is {found}",
+            hint="the organization came back, or another migration has it; nothing was deleted "
+            "after that",
+            organization=self.move.organization.id,
+            where=_where(self.move.cell(side)),
+        )
+
+    def _dismantle(self, side: Side, *, cleaned: bool) -> None:
+        """Remove users and, unless writers are still gated there, marker and lease."""
+        gate = self._gate(side)
+        self._delete_users(side)
+        marker = gate.read()
+        is_closed = marker is not None and marker.state is not GateState.OPEN
+        if is_closed and not (cleaned and gate.deletable(marker)):
+            return
+        if gate.dismantle():
+            for kind in ("gate", "lease", "checkpoint"):
+                self._forget(side, kind, self._prefix.marker(kind))
+
+    def _delete_users(self, side: Side) -> None:
+        for name in self._gate(side).delete_users():
+            self._forget(side, "acl_user", name)
+        for key in [key for key in self._users if key[0] is side]:
+            self._forget(side, "acl_user", acl_users.user_name(self.move, side, writer=key[1]))
+            del self._users[key]
+
+    # --- inside: connections -----------------------------------------------------------------
+
+    def _agreed_prefix(self) -> KeyPrefix:
+        prefixes = {}
+        for side in Side:
+            cell = self.move.cell(side)
+            options = cell.stores[KIND].options
+            application_user(options, self.move.organization.id, where=_where(cell))
+            prefixes[side] = KeyPrefix.of(options, self.move.organization.id, where=_where(cell))
+        if prefixes[Side.SOURCE] != prefixes[Side.DESTINATION]:
+            raise InvalidInput(
+                f"key_prefix differs: {prefixes[Side.SOURCE].text!r} in {self.move.source.name}, "
+                f"{prefixes[Side.DESTINATION].text!r} in {self.move.destination.name}",
+                hint="keys keep their names: give both cells the same key_prefix",
+                organization=self.move.organization.id,
+            )
+        return prefixes[Side.SOURCE]
+
+    def _name(self, what: str) -> str:
+        return f"cellferry:{self.move.migration}:{self.move.attempt}:{what}"
+
+    def _gate(self, side: Side) -> Gate:
+        if side not in self._gates:
+            admin = Wire(_admin_address(self.move.cell(side)), self._name("gate"))
+            self._gates[side] = self._new_gate(admin, side)
+        return self._gates[side]
+
+    def _new_gate(self, admin: Wire, side: Side) -> Gate:
+        cell = self.move.cell(side)
+        user = application_user(
+            cell.stores[KIND].options, self.move.organization.id, where=_where(cell)
+        )
+        return Gate(admin, self.move, side, self._prefix, user)
+
+    def _user(self, side: Side, *, writer: bool) -> Address:
+        """Log-in of this attempt's user, made when it is first needed."""
+        # one user reads and writes the destination; at the source they are apart
+        writes = writer or side is Side.DESTINATION
+        if (side, writes) not in self._users:
+            gate = self._gate(side)
+            cell = self.move.cell(side)
+            name = acl_users.user_name(self.move, side, writer=writes)
+            password = acl_users.new_password()
+            self._intend(side, "acl_user", name)
+            rules = acl_users.mover_rules(
+                self._prefix,
+                password,
+                writer=writes,
+                field_expiry=has_command(gate.admin, "HPEXPIRETIME"),
+            )
+            gate.create_user(name, rules)
+            server = Address.parse(cell.stores[KIND].url, _where(cell))
+            self._users[side, writes] = server.as_user(name, password)
+        return self._users[side, writes]
+
+    def _wire(self, side: Side, what: str, *, writer: bool = False) -> Wire:
+        if (side, what) not in self._wires:
+            wire = Wire(self._user(side, writer=writer), self._name(what))
+            # reading for a move shall not make keys look used; older engines cannot do it
+            wire.send([("CLIENT", "NO-TOUCH", "ON")])
+            wire.receive(1)
+            self._wires[side, what] = wire
+        return self._wires[side, what]
+
+    def _end_wires(self, side: Side) -> None:
+        for key in [key for key in self._wires if key[0] is side]:
+            self._wires.pop(key).close()
+
+    def _trusted(self, gate: Gate) -> frozenset[str]:
+        cell = self.move.cell(gate.side)
+        endpoint = cell.stores[KIND]
+        names = set(endpoint.options.get("trusted_users", ()))
+        names.add(gate.admin.call("ACL", "WHOAMI").decode())
+        mover = Address.parse(endpoint.url, _where(cell))
+        names.add(mover.user or "default")
+        return frozenset(names)
+
+    def _resource(self, side: Side, kind: str, name: str) -> Resource:
+        return Resource(self.move.cell(side).name, KIND, kind, name)
+
+    def _intend(self, side: Side, kind: str, name: str) -> None:
+        self._resources.intend(self._resource(side, kind, name))
+
+    def _forget(self, side: Side, kind: str, name: str) -> None:
+        self._resources.forget(self._resource(side, kind, name))
+
+
+def _other(side: Side) -> Side:
+    return Side.DESTINATION if side is Side.SOURCE else Side.SOURCE
