@@ -198,8 +198,9 @@ class Obstacle:
     def put(self) -> None:
         with self._connect(self._destination) as connection:
             connection.execute(
-                "INSERT INTO labels (id, organization_id, title) OVERRIDING SYSTEM VALUE "
-                "SELECT %s, id, 'obstacle' FROM organizations LIMIT 1",
+                "INSERT INTO labels (id, organization_id, title, position) "
+                "OVERRIDING SYSTEM VALUE "
+                "SELECT %s, id, 'obstacle', 1000000 FROM organizations LIMIT 1",
                 (self._id,),
             )
 
