@@ -31,7 +31,7 @@ lock-check: venv ## fail when requirements.txt and pyproject.toml differ
 	@$(BIN)/uv pip compile --quiet --all-extras --python-version 3.11 --no-header --no-emit-index-url -o .local/requirements.txt pyproject.toml
 	@diff -u requirements.txt .local/requirements.txt || { echo "requirements.txt is not what pyproject.toml compiles to: run make lock"; exit 1; }
 
-lint: venv lock-check ## ruff, mypy, import-linter, the lock
+lint: venv lock-check docs-check ## ruff, mypy, import-linter, the lock
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
