@@ -174,6 +174,8 @@ class RedisStore(base.Store):
                         yield blocker
             with Wire(Address.parse(cell.stores[KIND].url, _where(cell)), "cellferry:check"):
                 pass  # it may log in
+        except Unreachable:
+            raise  # trying again may help, which a blocker does not say
         except CellferryError as error:
             yield inventory.failure_blocker(error, _where(cell))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import socket
 import ssl
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -36,6 +36,9 @@ Argument = str | bytes | int | float
 Command = tuple[Argument, ...]
 
 _PENDING = object()
+
+#: hiredis packs tuples of any length; its type stub speaks of one element.
+_pack: Callable[[Command], bytes] = hiredis.pack_command  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +197,7 @@ class Wire:
     def send(self, commands: Iterable[Command]) -> None:
         """Send `commands`; their replies are read with `receive`."""
         try:
-            self._socket.sendall(b"".join([hiredis.pack_command(command) for command in commands]))
+            self._socket.sendall(b"".join([_pack(command) for command in commands]))
         except OSError as error:
             raise self._lost(error) from error
 
