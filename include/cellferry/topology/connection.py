@@ -233,7 +233,7 @@ def _is_lost(connection: psycopg.Connection[Row], error: psycopg.Error) -> bool:
 def _reason(error: psycopg.Error) -> str:
     # libpq's own messages never hold the password; the first line is what a person needs.
     text = error.diag.message_primary or str(error)
-    lines = text.strip().splitlines()
+    lines = [line for line in text.strip().splitlines() if "Is the server running" not in line]
     return lines[-1 if error.sqlstate is None else 0].strip() if lines else type(error).__name__
 
 

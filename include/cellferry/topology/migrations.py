@@ -601,6 +601,7 @@ def check_may_clean(connection: psycopg.Connection[Any], migration: Migration) -
         raise WrongState(
             f"the copy in {migration.source} must not be deleted: {row[0]}",
             organization=migration.organization.slug,
+            hint=f"see `cellferry status {migration.organization.slug}` for what comes first",
         )
 
 
