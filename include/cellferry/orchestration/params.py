@@ -28,7 +28,8 @@ ORGANIZATIONS_PER_REQUEST = 500
 #: A run waits for TTLs up to this many seconds; longer ones get a clean-up run of their own.
 LONGEST_TTL_IN_RUN_S = 3_600
 
-_WHAT = "What moves"
+#: Airflow's own section for fields without one: the only one that is open when the form appears.
+_WHAT = "Run Parameters"
 _SPEED = "How fast"
 _PAUSE = "Write pause"
 _AFTER = "Afterwards"
@@ -56,7 +57,7 @@ def migrate_organizations_params() -> dict[str, Param]:
             uniqueItems=True,
             title="Organizations",
             description=(
-                "Ids or slugs, one a line: `acme`. At most "
+                "Ids or slugs, one a line. At most "
                 f"{ORGANIZATIONS_PER_REQUEST}; more than {ORGANIZATIONS_PER_RUN} are split into "
                 "several runs."
             ),
@@ -67,25 +68,25 @@ def migrate_organizations_params() -> dict[str, Param]:
             minLength=1,
             maxLength=63,
             title="Destination cell",
-            description="The cell they shall live in, as cells.yaml calls it.",
+            description="Where they will live: a cell of cells.yaml.",
             examples=["cell-2", "cell-3"],
             section=_WHAT,
         ),
         "dry_run": _dry_run(
-            "On: only plan. Says what would move, how long it takes and what blocks it; changes "
-            "nothing. Switch it off to move."
+            "On: only plan. The report says what would move, how long it would take and what "
+            "blocks it; nothing is changed. Switch it off to move."
         ),
         "strategy": Param(
             "auto",
             type="string",
             enum=["auto", "online", "freeze-first"],
             values_display={
-                "auto": "auto: plan chooses from size and pause budget",
-                "online": "online: copy while they write, short pause",
-                "freeze-first": "freeze-first: everything under the gate, for small ones",
+                "auto": "auto: freeze-first for tiny organizations, else online",
+                "online": "online: copied while they write, short write pause",
+                "freeze-first": "freeze-first: writers wait for the whole copy",
             },
             title="Strategy",
-            description="How to move.",
+            description="auto is right unless you know better.",
             section=_WHAT,
         ),
         "rows_per_s": Param(
@@ -93,9 +94,8 @@ def migrate_organizations_params() -> dict[str, Param]:
             type=["null", "number"],
             exclusiveMinimum=0,
             maximum=10_000_000,
-            title="Rows per second",
-            description="Upper bound of copied rows per second and organization. "
-            "Empty: unbounded. Example: 20000.",
+            title="Rows per second, at most",
+            description="Throttle of each organization's copy. Empty: none. Example: 20000.",
             section=_SPEED,
         ),
         "keys_per_s": Param(
@@ -103,9 +103,8 @@ def migrate_organizations_params() -> dict[str, Param]:
             type=["null", "number"],
             exclusiveMinimum=0,
             maximum=10_000_000,
-            title="Redis keys per second",
-            description="Upper bound of copied Redis keys per second and organization. "
-            "Empty: unbounded. Example: 5000.",
+            title="Redis keys per second, at most",
+            description="Throttle of each organization's copy. Empty: none. Example: 5000.",
             section=_SPEED,
         ),
         "batch_rows": Param(
@@ -124,8 +123,7 @@ def migrate_organizations_params() -> dict[str, Param]:
             minimum=20,
             maximum=600_000,
             title="Pause budget (ms)",
-            description="Longest write pause that may be predicted. A cutover that would take "
-            "longer does not start.",
+            description="A cutover starts only when its write pause is predicted to be shorter.",
             section=_PAUSE,
         ),
         "drain_attempt_ms": Param(
@@ -134,8 +132,8 @@ def migrate_organizations_params() -> dict[str, Param]:
             minimum=10,
             maximum=5_000,
             title="One drain attempt (ms)",
-            description="One attempt at draining the organization's writers; its writers wait "
-            "meanwhile.",
+            description="How long one attempt waits for the organization's open transactions; its "
+            "other writers wait meanwhile.",
             section=_PAUSE,
         ),
         "drain_deadline_s": Param(
@@ -144,8 +142,8 @@ def migrate_organizations_params() -> dict[str, Param]:
             exclusiveMinimum=0,
             maximum=600,
             title="Drain deadline (s)",
-            description="All attempts together. Then the cutover gives up, the source serves on, "
-            "and the task tries again later.",
+            description="All attempts together. Past it the cutover gives up, the source serves "
+            "on, and the task tries again later.",
             section=_PAUSE,
         ),
         "freeze_deadline_s": Param(
@@ -154,7 +152,7 @@ def migrate_organizations_params() -> dict[str, Param]:
             exclusiveMinimum=0,
             maximum=3_600,
             title="Freeze deadline (s)",
-            description="From the first freeze to the flip. Past it the source is opened again.",
+            description="From the freeze to the flip. Past it the source is opened again.",
             section=_PAUSE,
         ),
         "arm_deadline_s": Param(
@@ -163,7 +161,8 @@ def migrate_organizations_params() -> dict[str, Param]:
             exclusiveMinimum=0,
             maximum=3_600,
             title="Capture deadline (s)",
-            description="Longest wait, before the copy, for transactions older than the capture.",
+            description="How long the copy's start waits for transactions that were open before "
+            "capture was.",
             section=_PAUSE,
         ),
         "max_rounds": Param(
@@ -171,8 +170,8 @@ def migrate_organizations_params() -> dict[str, Param]:
             type="integer",
             minimum=1,
             maximum=10_000,
-            title="Rounds",
-            description="Rounds over what changed before sync gives up.",
+            title="Rounds, at most",
+            description="Sync gives up when so many rounds have not caught up with the writers.",
             section=_PAUSE,
         ),
         "soak_s": Param(
@@ -181,7 +180,7 @@ def migrate_organizations_params() -> dict[str, Param]:
             minimum=0,
             maximum=86_400,
             title="Soak (s)",
-            description="How long a moved organization is watched.",
+            description="How long the moved organization is watched at its new cell.",
             section=_AFTER,
         ),
         "ttl_s": Param(
@@ -192,8 +191,8 @@ def migrate_organizations_params() -> dict[str, Param]:
             title="TTL (s)",
             description=(
                 "From the flip to the clean-up of the old copy: how long stale readers can live. "
-                f"Up to {LONGEST_TTL_IN_RUN_S} the run waits for it; longer ones get a clean-up "
-                "run. Example: 604800 (a week)."
+                f"Up to {LONGEST_TTL_IN_RUN_S} the run waits for it; a longer one gets a clean-up "
+                "run of its own. Example: 604800 (a week)."
             ),
             section=_AFTER,
         ),
@@ -211,7 +210,7 @@ def prepare_cell_params() -> dict[str, Param]:
             maxItems=ORGANIZATIONS_PER_RUN,
             uniqueItems=True,
             title="Cells",
-            description="Cells of cells.yaml, one a line: `cell-2`.",
+            description="Cells of cells.yaml, one a line.",
             section=_WHAT,
         ),
         "dry_run": _dry_run("On: only say what each cell lacks. Switch it off to install it."),
@@ -229,7 +228,7 @@ def clean_up_organizations_params() -> dict[str, Param]:
             maxItems=ORGANIZATIONS_PER_RUN,
             uniqueItems=True,
             title="Migrations",
-            description="Numbers of retained migrations, as `cellferry status` shows them: [17].",
+            description="Numbers of retained migrations, as cellferry status shows them: [17].",
             section=_WHAT,
         ),
     }
