@@ -38,6 +38,9 @@ CREATE TABLE IF NOT EXISTS cellferry.gate (
     changed_at timestamptz NOT NULL DEFAULT now()
 ) WITH (fillfactor = 50, autovacuum_vacuum_threshold = 20, autovacuum_vacuum_scale_factor = 0);
 CREATE INDEX IF NOT EXISTS gate_armed ON cellferry.gate (organization) WHERE armed;
+-- Not for looking up: it makes `state` part of a key, so that a change of it is one that FOR KEY
+-- SHARE does not overlook (see `enter`), while a new attempt stays one that it does.
+CREATE UNIQUE INDEX IF NOT EXISTS gate_state ON cellferry.gate (organization, state);
 
 -- Keys that changed. Append-only; a round deletes exactly the rows that it saw.
 CREATE TABLE IF NOT EXISTS cellferry.key_log (
@@ -110,7 +113,8 @@ BEGIN
             PERFORM cellferry.wait_at_gate(p_organization, gate.lock_key);
         END IF;
         -- Only now does the state hold still. A new snapshot shows it; a transaction that keeps an
-        -- older one must not go on with what it saw then: locking the row raises 40001 there.
+        -- older one must not go on with what it saw then: locking the row raises 40001 there when
+        -- the state has changed since, because the state is part of a key.
         IF current_setting('transaction_isolation') IN ('read committed', 'read uncommitted') THEN
             SELECT * INTO gate FROM cellferry.gate WHERE organization = p_organization;
         ELSE
@@ -204,6 +208,19 @@ BEGIN
     END IF;
 END $$;
 
+-- Whether this cell's copy of an organization is the one that counts, for jobs over a whole cell: while
+-- it is imported or retained there are two (hazard 5). Never true in two cells; at most for the length
+-- of a write pause in none, as no cell takes writes then.
+CREATE OR REPLACE FUNCTION cellferry.is_authoritative(organization text)
+RETURNS boolean LANGUAGE plpgsql STABLE PARALLEL SAFE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    RETURN NOT EXISTS (
+        SELECT FROM cellferry.gate WHERE gate.organization = $1 AND gate.state <> 'open'
+    );
+END $$;
+
 -- Who has a transaction open in this database. A transaction without an id has written nothing, and
 -- without a snapshot will see all that is committed by now. The mover may not see this of others by
 -- itself, and gets no more of it than what names a blocker: no statements.
@@ -247,3 +264,4 @@ $$;
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA cellferry FROM PUBLIC;
 GRANT USAGE ON SCHEMA cellferry TO PUBLIC;
 GRANT EXECUTE ON FUNCTION cellferry.assert_authority(text, bigint) TO PUBLIC;
+GRANT EXECUTE ON FUNCTION cellferry.is_authoritative(text) TO PUBLIC;
