@@ -21,7 +21,7 @@ from cellferry.errors import InvalidInput
 if TYPE_CHECKING:
     from cellferry.migration import MoveOptions
 
-#: A run of Airflow grows slow with the square of its size (docs/decisions/runs-of-25.md).
+#: A run of Airflow grows slow with the square of its size (docs/decisions/0003-runs-of-25.md).
 ORGANIZATIONS_PER_RUN = 25
 #: What one form may hold; it is split into runs of `ORGANIZATIONS_PER_RUN`.
 ORGANIZATIONS_PER_REQUEST = 500
