@@ -31,6 +31,7 @@ from cellferry.local.fleet import Fleet
 from cellferry.migration import Context, steps
 from cellferry.migration.reporting import size
 from cellferry.model import Actor, Migration, State
+from cellferry.topology import ProgressRow
 
 DAG = "migrate_organizations"
 SOURCE, DESTINATION = "cell-1", "cell-2"
@@ -40,6 +41,10 @@ RUN_WITHIN_S = 900
 LARGE_ROWS = 300_000
 PAUSE_P50_S = 0.1
 PAUSE_MAX_S = 1.0
+#: Into a pipe, work that goes on in the same state is said again after so many seconds.
+REPEAT_AFTER_S = 15.0
+#: States in which nobody works on a migration: its last progress is no news.
+AT_REST = frozenset({State.PLANNED, State.READY, State.RETAINED, State.COMPLETED, State.ABORTED})
 
 
 @dataclass(frozen=True)
@@ -97,13 +102,13 @@ class Outcome:
         return (
             f"moved {self.moved} of {self.requested} organizations; lost {self.lost} of "
             f"{self.acknowledged} acknowledged writes; write pause p50 "
-            f"{self.pause_p50_s * 1000:.0f} ms, max {self.pause_max_s * 1000:.0f} ms"
+            f"{_ms(self.pause_p50_s)}, max {_ms(self.pause_max_s)}"
         )
 
 
 def main() -> int:
     """Run the demo; return the exit status."""
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     root = Path.cwd()
     fleet = Fleet(root)
     try:
@@ -133,7 +138,7 @@ def _run(console: Console, fleet: Fleet, wishes: Wishes, root: Path) -> Outcome:
     started = time.monotonic()
 
     def say(text: str) -> None:
-        console.print(f"[dim]{time.monotonic() - started:6.1f} s[/]  {text}")
+        console.print(f"[dim]{time.monotonic() - started:6.1f} s[/]  {text}", soft_wrap=True)
 
     fleet.down()
     fleet.wipe()
@@ -183,7 +188,7 @@ def _move(
             }
             run = api.trigger(DAG, conf, note="make demo")
             say(f"triggered {DAG} for {', '.join(one.slug for one in movers)}: {run}")
-            state = _watch(console, context, api, run, traffic)
+            state = _watch(console, say, context, api, run, traffic)
             say(f"the run ended: {state}")
             report_log = api.log(DAG, run, "report") if state != "success" else ""
     finally:
@@ -197,19 +202,23 @@ def _move(
     return outcome
 
 
-def _watch(console: Console, context: Context, api: AirflowApi, run: str, traffic: Traffic) -> str:
-    """Show where each organization is until the run has ended."""
+def _watch(
+    console: Console, say: Any, context: Context, api: AirflowApi, run: str, traffic: Traffic
+) -> str:
+    """Show where each organization is until the run has ended.
+
+    A terminal shows a table that changes; a pipe gets a line for each change of state, and now and
+    then one for what takes long.
+    """
     deadline = time.monotonic() + RUN_WITHIN_S
-    shown = 0.0
+    said: dict[str, tuple[State, float]] = {}
     with Live(console=console, refresh_per_second=2, transient=True) as live:
         while True:
             state = api.run_state(DAG, run)
-            table = _progress_table(context, traffic)
             if console.is_terminal:
-                live.update(table)
-            elif time.monotonic() - shown > 10:
-                shown = time.monotonic()
-                console.print(table)
+                live.update(_progress_table(context, traffic))
+            else:
+                _say_changes(say, context, said)
             if state in ENDED:
                 return state
             if time.monotonic() > deadline:
@@ -217,24 +226,62 @@ def _watch(console: Console, context: Context, api: AirflowApi, run: str, traffi
             time.sleep(1)
 
 
-def _progress_table(context: Context, traffic: Traffic) -> Table:
-    table = Table(
-        "organization", "state", "phase", "done", "rate/s", "lag", "time left", "writes/s"
+def _say_changes(say: Any, context: Context, said: dict[str, tuple[State, float]]) -> None:
+    """Say a line for each organization whose state has changed, or whose work takes long."""
+    now = time.monotonic()
+    for migration in _by_name(context):
+        slug = migration.organization.slug
+        before, at = said.get(slug, (None, 0.0))
+        latest = _latest(context, migration)
+        if migration.state is before and (latest is None or now - at < REPEAT_AFTER_S):
+            continue
+        said[slug] = (migration.state, now)
+        doing = "  ".join(part for part in _work(latest) if part)
+        say(f"{slug:<12}  {migration.state:<12}  {doing}".rstrip())
+
+
+def _by_name(context: Context) -> list[Migration]:
+    return sorted(context.topology.migrations(), key=lambda one: one.organization.slug)
+
+
+def _latest(context: Context, migration: Migration) -> ProgressRow | None:
+    """What is being done now, None when nothing is."""
+    if migration.state in AT_REST:
+        return None
+    rows = context.topology.progress(migration.id)
+    return max(rows, key=lambda row: row.updated_at, default=None)
+
+
+def _work(latest: ProgressRow | None) -> tuple[str, str, str, str, str]:
+    """Return phase, amount, rate, lag and time left in words; each empty when there is none."""
+    if latest is None:
+        return ("", "", "", "", "")
+    phase = latest.phase if latest.phase == latest.store else f"{latest.store} {latest.phase}"
+    is_part = latest.total is not None and latest.done <= latest.total
+    of = f" of {latest.total:,}" if is_part else ""
+    busy = latest.rate_per_s is not None and latest.rate_per_s >= 1 and latest.unit != "s"
+    return (
+        phase,
+        f"{latest.done:,}{of} {latest.unit}",
+        f"{latest.rate_per_s:,.0f}/s" if busy else "",
+        latest.note,
+        f"{latest.eta_s:,.0f} s left" if latest.eta_s else "",
     )
+
+
+def _progress_table(context: Context, traffic: Traffic) -> Table:
+    table = Table("organization", "state", "phase")
+    table.add_column("done", justify="right", min_width=22)
+    table.add_column("rate", justify="right", min_width=8)
+    table.add_column("lag", min_width=20)
+    table.add_column("time left", justify="right")
+    table.add_column("writes/s", justify="right")
     rates: Mapping[str, float] = traffic.rates()
-    for migration in reversed(context.topology.migrations()):
-        rows = context.topology.progress(migration.id)
-        latest = max(rows, key=lambda row: row.updated_at, default=None)
+    for migration in _by_name(context):
         table.add_row(
             migration.organization.slug,
             str(migration.state),
-            f"{latest.store} {latest.phase}" if latest else "",
-            (f"{latest.done:,}" + (f" of {latest.total:,}" if latest.total else ""))
-            if latest
-            else "",
-            f"{latest.rate_per_s:,.0f}" if latest and latest.rate_per_s else "",
-            latest.note if latest else "",
-            f"{latest.eta_s:,.0f} s" if latest and latest.eta_s else "",
+            *_work(_latest(context, migration)),
             f"{rates.get(migration.organization.id, 0):,.0f}",
         )
     return table
@@ -245,7 +292,7 @@ def _judge(
 ) -> Outcome:
     outcome = Outcome()
     pauses: list[float] = []
-    for migration in reversed(context.topology.migrations()):
+    for migration in _by_name(context):
         pause = application.write_pause(migration.organization.id)
         outcome.organizations.append(_row(migration, pause))
         if migration.state is State.COMPLETED:
@@ -263,14 +310,30 @@ def _judge(
     }
     bounds = (
         (state != "success", f"the run is {state}: {report_log[-2000:]}"),
-        (outcome.moved != outcome.requested, f"moved {outcome.moved}"),
-        (len(pauses) != outcome.requested, f"write pause known of {len(pauses)} organizations"),
-        (outcome.pause_p50_s > PAUSE_P50_S, f"pause p50 {outcome.pause_p50_s:.3f} s"),
-        (outcome.pause_max_s > PAUSE_MAX_S, f"pause max {outcome.pause_max_s:.3f} s"),
+        (
+            outcome.moved != outcome.requested,
+            f"moved {outcome.moved} of {outcome.requested} organizations",
+        ),
+        (
+            len(pauses) != outcome.requested,
+            f"the write pause is known of {len(pauses)} of {outcome.requested} organizations",
+        ),
+        (
+            outcome.pause_p50_s > PAUSE_P50_S,
+            f"write pause p50 {_ms(outcome.pause_p50_s)}, over {_ms(PAUSE_P50_S)}",
+        ),
+        (
+            outcome.pause_max_s > PAUSE_MAX_S,
+            f"write pause max {_ms(outcome.pause_max_s)}, over {_ms(PAUSE_MAX_S)}",
+        ),
     )
     outcome.faults = [text for wrong, text in bounds if wrong]
     outcome.faults.extend(checked.faults)
     return outcome
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms"
 
 
 def _row(migration: Migration, pause: float | None) -> dict[str, Any]:
@@ -301,10 +364,9 @@ def _row(migration: Migration, pause: float | None) -> dict[str, Any]:
 
 
 def _print_table(console: Console, outcome: Outcome) -> None:
-    table = Table(
-        "organization",
-        *("rows", "keys", "size", "copy rows/s", "rounds", "write pause", "verification"),
-    )
+    table = Table("organization")
+    for name in ("rows", "keys", "size", "copy rows/s", "rounds", "write pause", "verification"):
+        table.add_column(name, justify="right")
     for one in outcome.organizations:
         table.add_row(
             one["organization"],
@@ -313,7 +375,7 @@ def _print_table(console: Console, outcome: Outcome) -> None:
             size(one["bytes"]),
             f"{one['copy_rows_per_s']:,.0f}" if one["copy_rows_per_s"] else "under the gate",
             str(one["rounds"]),
-            f"{one['pause_s'] * 1000:.0f} ms" if one["pause_s"] is not None else "?",
+            _ms(one["pause_s"]) if one["pause_s"] is not None else "?",
             f"{one['compared']:,} equal"
             if not one["mismatches"]
             else f"{one['mismatches']} differ",
