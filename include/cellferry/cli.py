@@ -5,6 +5,7 @@ Exit status: 0 done, 1 permanent error, 2 wrong input, 75 try again later.
 
 from __future__ import annotations
 
+import difflib
 import getpass
 import json
 import sys
@@ -29,11 +30,15 @@ Command = Callable[..., Any]
 class _Cli(click.Group):
     """Turns our errors into one plain message and an exit status."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta["cellferry.json"] = "--json" in args  # of whichever command follows
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except CellferryError as error:
-            if ctx.params.get("as_json") or "--json" in sys.argv:
+            if ctx.meta["cellferry.json"]:
                 click.echo(
                     json.dumps(
                         {
@@ -226,19 +231,24 @@ def parse_options(settings: tuple[str, ...]) -> Any:
     for setting in settings:
         name, separator, value = setting.partition("=")
         if not separator:
-            raise InvalidInput(f"--set {setting!r} is not NAME=VALUE")
+            raise InvalidInput(
+                f"--set {setting!r} is not NAME=VALUE", hint="for example --set batch_rows=10000"
+            )
         values[name] = value
     try:
         return MoveOptions.model_validate(values)
     except pydantic.ValidationError as error:
-        raise InvalidInput(
-            "; ".join(
-                f"option {'.'.join(str(part) for part in fault['loc'])} = {fault['input']!r}: "
-                f"{fault['msg']}"
-                for fault in error.errors()
-            ),
-            hint="options: " + ", ".join(sorted(MoveOptions.model_fields)),
-        ) from error
+        known = sorted(MoveOptions.model_fields)
+        faults = []
+        for fault in error.errors():
+            name = ".".join(str(part) for part in fault["loc"])
+            if fault["type"] == "extra_forbidden":
+                near = difflib.get_close_matches(name, known, n=1)
+                guess = f" (did you mean {near[0]!r}?)" if near else ""
+                faults.append(f"there is no option {name!r}{guess}")
+            else:
+                faults.append(f"option {name} = {fault['input']!r}: {fault['msg']}")
+        raise InvalidInput("; ".join(faults), hint="options: " + ", ".join(known)) from error
 
 
 @main.command()

@@ -23,11 +23,13 @@ owner may read (`CELLFERRY_CONNECTIONS`).
 
 from __future__ import annotations
 
+import difflib
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -40,6 +42,12 @@ ConnectionSource = Callable[[str], str | None]
 
 STORE_ORDER = ("postgres", "redis")
 """Order in which the stores of a move act; the first drains writers."""
+
+STORE_OPTIONS: Mapping[str, frozenset[str]] = {
+    "postgres": frozenset({"capacity_bytes", "standbys_may_lag"}),
+    "redis": frozenset({"key_prefix", "application_user", "failover", "trusted_users"}),
+}
+"""The options of each kind of store: a misspelt one must not go unnoticed."""
 
 
 class _Strict(BaseModel):
@@ -88,6 +96,28 @@ class Settings(_Strict):
             raise ValueError(f"every cell must have the same stores, found {kinds}")
         return self
 
+    @model_validator(mode="after")
+    def _options_are_known(self) -> Settings:
+        faults = [
+            f"cells.{name}.stores.{kind}.{option}: there is no such option"
+            + _guess(option, STORE_OPTIONS[kind] | set(StoreSettings.model_fields))
+            for name, cell in self.cells.items()
+            for kind, store in cell.stores.items()
+            if kind in STORE_OPTIONS
+            for option in sorted(set(store.model_extra or {}) - STORE_OPTIONS[kind])
+        ]
+        for name, cell in self.cells.items():
+            found = (cell.stores["postgres"].model_extra or {}) if "postgres" in cell.stores else {}
+            capacity = found.get("capacity_bytes", 1)
+            if type(capacity) is not int or capacity < 1:
+                faults.append(
+                    f"cells.{name}.stores.postgres.capacity_bytes: {capacity!r} is not a whole "
+                    "number of bytes"
+                )
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
     @property
     def store_kinds(self) -> tuple[str, ...]:
         """Kinds of the configured stores, in the order in which they act."""
@@ -114,7 +144,7 @@ class Settings(_Strict):
             stores={
                 kind: Endpoint(
                     url=resolve(store.connection, connections),
-                    admin_url=connections(store.admin_connection)
+                    admin_url=resolve(store.admin_connection, connections)
                     if store.admin_connection
                     else None,
                     options=store.model_extra or {},
@@ -136,21 +166,53 @@ def load(path: Path) -> Settings:
         raise InvalidInput(
             f"no such file: {path}", hint="set CELLFERRY_CONFIG to your cells.yaml"
         ) from error
-    except yaml.YAMLError as error:
-        raise InvalidInput(f"{path} is not YAML: {error}") from error
+    except OSError as error:
+        raise InvalidInput(
+            f"cannot read {path}: {error.strerror}",
+            hint="set CELLFERRY_CONFIG to a cells.yaml that this user may read",
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InvalidInput(
+            f"{path} is not YAML: {' '.join(str(error).split())}", hint=_GUIDE
+        ) from error
+    if not isinstance(raw, dict):
+        found = "is empty" if raw is None else f"holds a {type(raw).__name__}, not settings"
+        raise InvalidInput(f"{path} {found}", hint=_GUIDE)
     try:
         settings = Settings.model_validate(raw)
     except ValidationError as error:
         faults = "; ".join(
-            f"{'.'.join(str(part) for part in fault['loc']) or 'file'}: {fault['msg']}"
+            "".join(f"{part}." for part in fault["loc"])[:-1]
+            + (": " if fault["loc"] else "")
+            + (
+                "there is no such setting" + _guess(str(fault["loc"][-1]), _names())
+                if fault["type"] == "extra_forbidden"
+                else fault["msg"].removeprefix("Value error, ")
+            )
             for fault in error.errors()
         )
-        raise InvalidInput(f"{path}: {faults}", hint="see docs/platform-guide.md") from error
+        raise InvalidInput(f"{path}: {faults}", hint=_GUIDE) from error
     data_map = settings.organization.data_map
     if data_map is not None and not data_map.is_absolute():
         resolved = OrganizationSettings(data_map=path.parent / data_map)
         settings = settings.model_copy(update={"organization": resolved})
     return settings
+
+
+_GUIDE = "docs/platform-guide.md shows a whole cells.yaml"
+
+
+def _guess(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def _names() -> set[str]:
+    """Names of all settings but the stores' own options."""
+    models: tuple[type[BaseModel], ...] = (
+        Settings, TopologySettings, OrganizationSettings, CellSettings, StoreSettings,
+    )  # fmt: skip
+    return {name for model in models for name in model.model_fields}
 
 
 def default_path() -> Path:
@@ -162,7 +224,8 @@ def resolve(name: str, connections: ConnectionSource) -> str:
     """Return the URL of connection `name`.
 
     Raises:
-        InvalidInput: nobody knows it.
+        InvalidInput: nobody knows it, or a password is written into it in a way that would make
+            a part of it a host or a port, and show it. The message never shows the URL.
     """
     url = connections(name)
     if url is None:
@@ -170,7 +233,26 @@ def resolve(name: str, connections: ConnectionSource) -> str:
             f"connection {name!r} is not defined",
             hint=f"define an Airflow Connection {name!r} or the variable {variable(name)}",
         )
+    if "://" in url and not _is_plain(url):
+        raise InvalidInput(
+            f"the URL of connection {name!r} cannot be read: its host or port is wrong",
+            hint="write scheme://user:password@host:port/database, and in the password %40 for @, "
+            "%2F for /, %23 for #, %3F for ?",
+        )
     return url
+
+
+def _is_plain(url: str) -> bool:
+    """Whether user, password, host and port can be told apart without doubt."""
+    try:
+        parts = urlsplit(url)
+        login, _, places = parts.netloc.rpartition("@")
+        ports = [place.rpartition("]")[2].partition(":")[2] for place in places.split(",")]
+    except ValueError:
+        return False
+    return "@" not in login + parts.path + parts.query + parts.fragment and all(
+        not port or (port.isascii() and port.isdigit()) for port in ports
+    )
 
 
 def variable(name: str) -> str:
@@ -185,14 +267,32 @@ def from_environment(environ: Mapping[str, str] | None = None) -> ConnectionSour
     if location := env.get("CELLFERRY_CONNECTIONS"):
         path = Path(location)
         if not path.is_file():
-            raise InvalidInput(f"CELLFERRY_CONNECTIONS names no file: {path}")
+            raise InvalidInput(
+                f"CELLFERRY_CONNECTIONS names no file: {path}",
+                hint="correct the variable, or remove it and define the connections one by one",
+            )
         if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise InvalidInput(
                 f"{path} holds secrets and others may read it", hint=f"chmod 600 {path}"
             )
-        file_urls = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        file_urls = _read_connections(path)
 
     def source(name: str) -> str | None:
         return env.get(variable(name)) or file_urls.get(name)
 
     return source
+
+
+def _read_connections(path: Path) -> dict[str, str]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        found = None
+    if not isinstance(found, dict) or not all(
+        isinstance(text, str) for entry in found.items() for text in entry
+    ):
+        # not even the place in the file: the parser's message quotes it, and it holds secrets
+        raise InvalidInput(
+            f"{path} is not a file of connections", hint="write one `name: url` a line"
+        )
+    return found

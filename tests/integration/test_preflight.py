@@ -480,8 +480,8 @@ def test_missing_privileges_are_named_and_the_rest_is_still_checked(
     found = cells.check(roles={"source": mover, "destination": mover})
     assert {one.code for one in found} == {"missing-privilege", "global-differs"}
     reasons = " ".join(one.reason for one in found)
-    assert "no SELECT on 1 tables: public.tasks" in reasons
-    assert "no DELETE on 1 tables: public.tasks" in reasons
+    assert "no SELECT on 1 table: public.tasks" in reasons
+    assert "no DELETE on 1 table: public.tasks" in reasons
 
 
 def test_a_role_that_may_not_bypass_the_gate_is_named(cells: Cells, mover: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from cellferry.errors import CellferryError, Stopped, WrongState
+from cellferry.errors import CellferryError, InvalidInput, Stopped, WrongState
 from cellferry.migration.options import MoveOptions
 from cellferry.model import Actor, Migration, Move, Organization, Progress, State, Strategy
 from cellferry.settings import ConnectionSource, Settings, resolve
@@ -40,7 +40,7 @@ def store_for(kind: str, data_map: Path | None) -> Store:
     """Return the store called `kind`. A new kind of data is registered here.
 
     Raises:
-        WrongState: no such store.
+        InvalidInput: no such store.
     """
     if kind == "postgres":
         from cellferry.stores.postgres.store import PostgresStore
@@ -50,7 +50,7 @@ def store_for(kind: str, data_map: Path | None) -> Store:
         from cellferry.stores.redis.store import RedisStore
 
         return RedisStore()
-    raise WrongState(f"there is no store called {kind!r}", hint="the stores are: postgres, redis")
+    raise InvalidInput(f"there is no store called {kind!r}", hint="the stores are: postgres, redis")
 
 
 @dataclass

@@ -22,5 +22,7 @@ def discover_map(settings: Settings, connections: ConnectionSource, cell: str) -
     endpoint = settings.cell(cell, connections).stores["postgres"]
     path = settings.organization.data_map
     completion = data_map_file.load(path) if path is not None else None
-    with sessions.connect(endpoint.admin_url or endpoint.url, purpose="map") as connection:
+    with sessions.connect(
+        endpoint.admin_url or endpoint.url, purpose="map", where=f"{cell}/postgres"
+    ) as connection:
         return data_map.discover(connection, completion)

@@ -93,8 +93,10 @@ def plan(
         destination: name of a cell.
 
     Raises:
-        InvalidInput: unknown organization or cell, or the destination is where it lives already.
-        WrongState: the organization is being moved elsewhere.
+        InvalidInput: unknown organization or cell, the destination is where it lives already, or
+            it is being moved.
+        Unreachable: a server of either cell does not answer.
+        AccessDenied: a cell's PostgreSQL refuses the connection.
         Blocked: `record` was asked for and something blocks; all reasons are named.
     """
     topology = context.topology
@@ -148,7 +150,7 @@ def plan(
         return report
     if report.fatal:
         raise Blocked(
-            f"{len(report.fatal)} things block the move: "
+            f"{_count(len(report.fatal))} the move: "
             + "; ".join(f"{one.where}: {one.reason}" for one in report.fatal),
             organization=found.slug,
             step="plan",
@@ -158,6 +160,10 @@ def plan(
         found.id, destination, strategy, options.model_dump(), report.as_dict(), context.actor
     )
     return replace(report, migration=created.id)
+
+
+def _count(blockers: int) -> str:
+    return "1 thing blocks" if blockers == 1 else f"{blockers} things block"
 
 
 def already_moving(

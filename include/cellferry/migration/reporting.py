@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cellferry.migration.plan import Plan
@@ -43,8 +44,10 @@ def render_plan(report: Plan, console: Console | None = None) -> None:
     for blocker in report.blockers:
         color = "red" if blocker.fatal else "yellow"
         word = "blocks" if blocker.fatal else "note"
-        out.print(f"[{color}]{word}[/] {blocker.code}: {blocker.where}: {blocker.reason}")
-        out.print(f"       remedy: {blocker.remedy}")
+        out.print(
+            f"[{color}]{word}[/] " + escape(f"{blocker.code}: {blocker.where}: {blocker.reason}")
+        )
+        out.print(f"       remedy: {escape(blocker.remedy)}")
     if report.migration is not None:
         out.print(f"recorded as migration {report.migration}")
     elif report.fatal:
@@ -66,9 +69,9 @@ def render_status(found: Status, console: Console | None = None) -> None:
         if migration.paused:
             out.print("[yellow]paused[/]")
         if migration.halted:
-            out.print(f"[red]halted[/]: {migration.halted}")
+            out.print(f"[red]halted[/]: {escape(migration.halted)}")
         if migration.last_error:
-            out.print(f"[red]last error[/]: {migration.last_error}")
+            out.print(f"[red]last error[/]: {escape(migration.last_error)}")
         if migration.ttl_until:
             out.print(f"clean-up not before {migration.ttl_until:%Y-%m-%d %H:%M:%S} UTC")
     out.print(f"next: {found.next}")

@@ -83,19 +83,20 @@ def _privileges(examination: Examination, site: Site) -> Iterator[Blocker]:
             lacking.setdefault(privilege, []).append(str(name))
         if row_security:
             hidden.append(str(name))
-    remedy = "grant it to the mover's role; cellferry prepare does"
+    remedy = f"cellferry prepare-cell {site.cell.name}, which grants it; or grant it yourself"
     if schemas:
         yield Blocker(
             "missing-privilege",
             site.where(),
-            f"no USAGE on schema {listed(sorted(schemas))}",
+            f"role {site.connection.info.user} has no USAGE on schema {listed(sorted(schemas))}",
             remedy,
         )
     for privilege, names in sorted(lacking.items()):
         yield Blocker(
             "missing-privilege",
             site.where(),
-            f"no {privilege} on {len(names)} tables: {listed(sorted(names))}",
+            f"role {site.connection.info.user} has no {privilege} on {len(names)} "
+            f"{'table' if len(names) == 1 else 'tables'}: {listed(sorted(names))}",
             remedy,
         )
     if hidden:
@@ -121,7 +122,7 @@ def _role(site: Site) -> Iterator[Blocker]:
                 "superuser",
                 site.where(),
                 f"the mover connects as superuser {role}",
-                "use the role that cellferry prepare sets up, which can do less harm",
+                "use the role that cellferry prepare-cell sets up, which can do less harm",
             )
 
 

@@ -427,7 +427,7 @@ def check(connection: Connection, data_map: DataMap, cell: Cell) -> tuple[Blocke
             code="not-prepared",
             where=f"{cell.name}/{STORE}",
             reason=f"missing: {what}",
-            remedy=f"cellferry prepare {cell.name}, or the DAG prepare_cell",
+            remedy=f"cellferry prepare-cell {cell.name}, or the DAG prepare_cell",
         )
         for what in is_prepared(connection, data_map)
     )

@@ -75,6 +75,7 @@ def connect(
     purpose: str,
     move: Move | None = None,
     autocommit: bool = False,
+    where: str = "",
 ) -> psycopg.Connection[tuple[Any, ...]]:
     """Open a session to a cell, straight to the server and never through a pooler.
 
@@ -83,6 +84,7 @@ def connect(
         purpose: what the session is for: `copy`, `barrier`; seen in `pg_stat_activity`.
         move: the attempt it works for, if it does.
         autocommit: as in psycopg.
+        where: cell and store, for errors.
 
     Raises:
         Unreachable: nobody answered.
@@ -93,8 +95,12 @@ def connect(
         parameters: dict[str, Any] = dict(conninfo_to_dict(endpoint_url))
     except psycopg.ProgrammingError as error:
         # The text of the error may show the password.
-        raise InvalidInput("a connection of this cell is not a PostgreSQL URL") from error
-    where = place(parameters)
+        raise InvalidInput(
+            "the connection is not a PostgreSQL URL",
+            hint="write it as postgresql://user:password@host:port/database",
+            where=where or None,
+        ) from error
+    where = f"{where} ({place(parameters)})" if where else place(parameters)
     options = " ".join(
         f"-c {name}={_escape(value)}" for name, value in {**PINNED, **SERVER_LIVENESS}.items()
     )
@@ -167,10 +173,10 @@ def translate_errors(where: str) -> Iterator[None]:
 
 #: By SQLSTATE, or by its class (two characters).
 _BY_STATE: dict[str, tuple[type[CellferryError], str | None]] = {
-    "08": (Unreachable, None),
+    "08": (Unreachable, "check that the server runs and can be reached from here; then try again"),
     "28": (AccessDenied, "check the user, the password and pg_hba.conf of this cell"),
     "3D000": (InvalidInput, "correct the database's name in the connection"),
-    "42501": (AccessDenied, "run `cellferry prepare` on this cell: it grants what a move needs"),
+    "42501": (AccessDenied, "run `cellferry prepare-cell`: it grants what a move needs"),
     "53100": (PermanentError, "make room on the server's disk; then retry, it goes on from here"),
     "53200": (TransientError, "the server is out of memory or lock space; look at its load"),
     "53300": (Unreachable, "the server has no connection to spare; raise max_connections"),
@@ -180,7 +186,7 @@ _BY_STATE: dict[str, tuple[type[CellferryError], str | None]] = {
     "55P03": (TransientError, "another transaction holds the lock; see pg_locks"),
     "55006": (TransientError, None),
     "57014": (TransientError, None),
-    "57P": (Unreachable, None),
+    "57P": (Unreachable, "the server ended the session or is starting; try again"),
     "58": (PermanentError, "the server cannot read or write its files; see its log"),
     "XX": (PermanentError, "the server reports damage or an internal error; see its log"),
     "CF001": (AuthorityViolation, None),
@@ -207,7 +213,7 @@ def translated(error: psycopg.Error, where: str) -> CellferryError:
     if state in {"3F000", "42P01", "42883"} and "cellferry" in text:
         return NotPrepared(
             f"{where} is not prepared: {text}",
-            hint="run `cellferry prepare` on this cell",
+            hint="run `cellferry prepare-cell` on this cell",
             where=where,
         )
     for key in (state, state[:3], state[:2]):
@@ -221,7 +227,8 @@ def _message(error: psycopg.Error) -> str:
     lines = [error.diag.message_primary or str(error).strip() or type(error).__name__]
     if error.diag.message_detail:
         lines.append(error.diag.message_detail)
-    return " ".join(" ".join(lines).split())
+    text = " ".join(" ".join(lines).split()).removeprefix("connection failed: ")
+    return text.partition(" Is the server running on that host")[0]
 
 
 def _state_from_text(error: psycopg.Error, text: str) -> str:

@@ -24,6 +24,7 @@ from cellferry.model import (
     GateState,
     Inventory,
     Move,
+    Part,
     Progress,
     Resource,
     Resources,
@@ -92,7 +93,7 @@ class PostgresStore(Store):
         endpoint = _endpoint(cell)
         with (
             sessions.translate_errors(f"{cell.name}/{KIND}"),
-            _closing(endpoint.admin_url or endpoint.url, "prepare") as connection,
+            _closing(endpoint.admin_url or endpoint.url, "prepare", cell=cell) as connection,
         ):
             found = self.discover(connection)
             data_map.require_supported(found)
@@ -103,7 +104,7 @@ class PostgresStore(Store):
         endpoint = _endpoint(cell)
         with (
             sessions.translate_errors(f"{cell.name}/{KIND}"),
-            _closing(endpoint.admin_url or endpoint.url, "unprepare") as connection,
+            _closing(endpoint.admin_url or endpoint.url, "unprepare", cell=cell) as connection,
         ):
             return prepare.unprepare(connection, cell, progress)
 
@@ -111,7 +112,7 @@ class PostgresStore(Store):
         """Say whether the cell is prepared; read-only."""
         with (
             sessions.translate_errors(f"{cell.name}/{KIND}"),
-            _closing(_endpoint(cell).url, "check") as connection,
+            _closing(_endpoint(cell).url, "check", cell=cell) as connection,
         ):
             return prepare.check(connection, self.discover(connection), cell)
 
@@ -161,6 +162,7 @@ class PostgresMove(StoreMove):
                 purpose=purpose,
                 move=self.move,
                 autocommit=True,
+                where=self._where(side),
             )
             self._stack.callback(connection.close)
             self._connections[key] = connection
@@ -240,7 +242,12 @@ class PostgresMove(StoreMove):
             source = self._connection(Side.SOURCE)
             destination = self._connection(Side.DESTINATION)
             found = self._store.discover(source)
-            parts = stock.inventory(source, found, organization)
+            denied: psycopg.Error | None = None
+            parts: tuple[Part, ...] = ()
+            try:
+                parts = stock.inventory(source, found, organization)
+            except psycopg.errors.InsufficientPrivilege as error:
+                denied = error  # the blockers name the role, all its tables and the remedy
             blockers = preflight.preflight(
                 source,
                 destination,
@@ -248,8 +255,10 @@ class PostgresMove(StoreMove):
                 organization,
                 source_cell=self.move.source,
                 destination_cell=self.move.destination,
-                parts=parts,
+                parts=parts or None,
             )
+            if denied is not None and not any(blocker.fatal for blocker in blockers):
+                raise denied
         return Inventory(store=KIND, unit="rows", parts=parts, blockers=blockers)
 
     # ── capture, copy, rounds ───────────────────────────────────────────────────────────────────
@@ -287,7 +296,7 @@ class PostgresMove(StoreMove):
                 raise NotPrepared(
                     f"{where} lacks {missing[0]}"
                     + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
-                    hint=f"cellferry prepare {self.move.cell(side).name}",
+                    hint=f"cellferry prepare-cell {self.move.cell(side).name}",
                     where=where,
                 )
 
@@ -560,8 +569,11 @@ def _endpoint(cell: Cell) -> Endpoint:
 
 
 @contextmanager
-def _closing(url: str, purpose: str, move: Move | None = None) -> Iterator[Connection]:
-    connection = sessions.connect(url, purpose=purpose, move=move, autocommit=True)
+def _closing(
+    url: str, purpose: str, move: Move | None = None, *, cell: Cell | None = None
+) -> Iterator[Connection]:
+    where = "" if cell is None else f"{cell.name}/{KIND}"
+    connection = sessions.connect(url, purpose=purpose, move=move, autocommit=True, where=where)
     try:
         yield connection
     finally:

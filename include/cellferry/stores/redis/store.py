@@ -176,6 +176,8 @@ class RedisStore(base.Store):
                 pass  # it may log in
         except Unreachable:
             raise  # trying again may help, which a blocker does not say
+        except Unreachable:
+            raise  # trying again may help, which a blocker does not say
         except CellferryError as error:
             yield inventory.failure_blocker(error, _where(cell))
 
