@@ -337,8 +337,13 @@ class Gate:
 
         Raises:
             AuthorityViolation: somebody gave the user its keys back meanwhile.
+            LeaseLost: another attempt has taken over.
         """
-        value, reply = self.admin.checked([("GET", self._gate_key), ("ACL", "GETUSER", self.user)])
+        (value, lease), reply = self.admin.checked(
+            [("MGET", self._gate_key, self._lease_key), ("ACL", "GETUSER", self.user)]
+        )
+        if not self._is_ours(lease):
+            raise self._lost(_lease(lease))
         marker = Marker.parse(value)
         if marker is None or marker.state is not GateState.FROZEN or not self._is_mine(marker):
             return False
@@ -353,8 +358,15 @@ class Gate:
         return True
 
     def is_importing_by_us(self) -> bool:
-        """Whether this side may be written by this migration."""
-        marker = self.read()
+        """Whether this side may be written by this migration.
+
+        Raises:
+            LeaseLost: another attempt has taken over.
+        """
+        value, lease = self.admin.call("MGET", self._gate_key, self._lease_key)
+        if not self._is_ours(lease):
+            raise self._lost(_lease(lease))
+        marker = Marker.parse(value)
         return marker is not None and marker.state is GateState.IMPORTING and self._is_mine(marker)
 
     def deletable(self, marker: Marker | None) -> bool:
@@ -423,7 +435,8 @@ class Gate:
                     acl_users.save(self.admin)
                 return marker
             if self._transaction(self._commands(change, user_exists=reply is not None)):
-                if saves:
+                # a change of the marker alone leaves nothing unsaved
+                if saves and change.rules is not None:
                     acl_users.save(self.admin)
                 return change.marker
         raise self._contended()

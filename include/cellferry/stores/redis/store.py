@@ -176,8 +176,6 @@ class RedisStore(base.Store):
                 pass  # it may log in
         except Unreachable:
             raise  # trying again may help, which a blocker does not say
-        except Unreachable:
-            raise  # trying again may help, which a blocker does not say
         except CellferryError as error:
             yield inventory.failure_blocker(error, _where(cell))
 
@@ -323,6 +321,8 @@ class RedisMove(base.StoreMove):
             self._intend(side, "gate", self._prefix.marker("gate"))
         self._gate(Side.SOURCE).record_source()
         self._gate(Side.DESTINATION).close_for_import()
+        if self.move.strategy is Strategy.FREEZE_FIRST:
+            self._connect_copier()  # `finish` copies under the gate; nothing to set up there
 
     @_verb
     def copy(self) -> Copied:
@@ -331,7 +331,7 @@ class RedisMove(base.StoreMove):
         Needs no change feed: `sync` and `catch_up` compare everything before they follow one.
         """
         self._require_importing()
-        self._intend(Side.DESTINATION, "checkpoint", self._prefix.marker("checkpoint"))
+        self._connect_copier()
         run_id = inventory.server_facts(self._gate(Side.SOURCE).admin)["run_id"]
         return Copier(
             self._wire(Side.SOURCE, "scan"),
@@ -470,9 +470,9 @@ class RedisMove(base.StoreMove):
     @_verb
     def hand_over(self) -> None:
         """Source `moved`, its user read-only until clean-up; destination open, its user free."""
-        self._end_feed()
         self._gate(Side.SOURCE).hand_over_source()
         self._gate(Side.DESTINATION).open_destination()
+        self._end_feed()
 
     def release(self) -> None:
         """Nobody waits here: refused writers try again by themselves."""
@@ -705,6 +705,13 @@ class RedisMove(base.StoreMove):
             self._feed.close()
         self._feed = None
         self._pair = None
+
+    def _connect_copier(self) -> None:
+        self._intend(Side.DESTINATION, "checkpoint", self._prefix.marker("checkpoint"))
+        for what in ("scan", "read", "compare"):
+            self._wire(Side.SOURCE, what)
+        self._wire(Side.DESTINATION, "compare")
+        self._wire(Side.DESTINATION, "write", writer=True)
 
     # --- inside: cleaning --------------------------------------------------------------------
 
