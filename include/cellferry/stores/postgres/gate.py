@@ -265,6 +265,28 @@ def arm_reverse(connection: Connection, move: Move) -> None:
     )
 
 
+def hold_capture(connection: Connection, move: Move) -> None:
+    """See that keys are logged for this migration; inside a transaction it stays so.
+
+    A retained migration leaves gate and log to the next one, which must find every key in it.
+
+    Raises:
+        WrongState: they are logged for another migration, or not at all.
+    """
+    held = connection.execute(
+        "SELECT FROM cellferry.gate WHERE organization = %s AND migration = %s AND armed FOR SHARE",
+        (move.organization.id, move.migration),
+        prepare=True,
+    )
+    if held.rowcount != 1:
+        raise WrongState(
+            f"no keys are logged for migration {move.migration} any more",
+            hint="a newer migration of this organization took its gate over; rounds of this one"
+            " have ended",
+            organization=move.organization.slug,
+        )
+
+
 def hand_over_source(connection: Connection, move: Move) -> None:
     """After the flip: the source says `moved`, with the new epoch and cell. Repeatable."""
     _change(
@@ -302,10 +324,11 @@ def thaw(connection: Connection, move: Move) -> None:
         LeaseLost: a newer attempt has the lease.
         WrongState: this migration handed over already.
     """
+    # An open gate is written as well: a freeze whose session was lost may still be committing.
     changed = connection.execute(
         "UPDATE cellferry.gate SET state = 'open', changed_at = now()"
         " WHERE organization = %(organization)s AND migration = %(migration)s"
-        " AND attempt = %(attempt)s AND epoch = %(epoch)s AND state = 'frozen'",
+        " AND attempt = %(attempt)s AND epoch = %(epoch)s AND state IN ('open', 'frozen')",
         _facts(move),
     ).rowcount
     if changed == 1:

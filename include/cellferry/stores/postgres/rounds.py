@@ -16,6 +16,7 @@ from typing import Any
 import psycopg
 
 from cellferry.model import Move, Round
+from cellferry.stores.postgres import gate
 from cellferry.stores.postgres.applied import Applied
 from cellferry.stores.postgres.apply import Applier
 from cellferry.stores.postgres.scope import Key, Scope
@@ -155,10 +156,15 @@ class Rounds:
         )
 
     def forget(self, dirty: DirtyKeys) -> None:
-        """Delete exactly the log rows that were seen; the destination has committed them."""
+        """Delete exactly the log rows that were seen; the destination has committed them.
+
+        Raises:
+            WrongState: the log is another migration's by now, which has not seen these rows.
+        """
         if not dirty.log_ids:
             return
         with write(self._source, self._move):
+            gate.hold_capture(self._source, self._move)
             self._source.execute(
                 "DELETE FROM cellferry.key_log WHERE organization = %s AND id = ANY(%s)",
                 (self._move.organization.id, dirty.log_ids),
