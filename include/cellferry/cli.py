@@ -26,9 +26,19 @@ if TYPE_CHECKING:
 
 Command = Callable[..., Any]
 
+_ORDER = [
+    *("plan", "move", "status", "abort", "cleanup"),
+    *("copy", "sync", "verify", "cutover", "soak"),
+    *("map", "prepare-cell", "topology"),
+]
+
 
 class _Cli(click.Group):
     """Turns our errors into one plain message and an exit status."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the commands as written here: in the order in which one needs them."""
+        return sorted(super().list_commands(ctx), key=_ORDER.index)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta["cellferry.json"] = "--json" in args  # of whichever command follows
@@ -61,7 +71,10 @@ class _Cli(click.Group):
             ctx.exit(error.exit_code)
 
 
-@click.group(cls=_Cli)
+@click.group(
+    cls=_Cli,
+    epilog="Exit status: 0 done, 1 a person must act, 2 wrong input, 75 try again later.",
+)
 @click.version_option(__version__)
 @click.option(
     "--config",
@@ -96,11 +109,15 @@ def _context(config: Path | None, *, quiet: bool) -> Iterator[Context]:
         actor=_actor(),
         listener=None if quiet else _ProgressLine(),
     ) as context:
-        yield context
+        try:
+            yield context
+        finally:
+            if not quiet:
+                _ProgressLine.clear()
 
 
 class _ProgressLine:
-    """One line on standard error that says how far the work is, with rate and time left."""
+    """One line on a terminal that says how far the work is, with rate and time left."""
 
     EVERY_S = 0.25
 
@@ -114,23 +131,31 @@ class _ProgressLine:
         now = time.monotonic()
         if (event.store, event.phase) != self._phase:
             self._phase, self._started, self._first = (event.store, event.phase), now, event.done
-        finished = event.total is not None and event.done >= event.total
-        if now - self._shown < self.EVERY_S and not finished:
+            self._shown = 0.0
+        if not sys.stderr.isatty() or now - self._shown < self.EVERY_S:
             return
         self._shown = now
-        rate = (event.done - self._first) / max(now - self._started, 1e-3)
-        text = f"{event.organization} {event.store} {event.phase}: {event.done:,}"
-        if event.total is not None:
+        click.echo(f"\r\x1b[2K{self._describe(event, now - self._started)}", nl=False, err=True)
+
+    def _describe(self, event: ProgressEvent, seconds: float) -> str:
+        phase = event.phase if event.phase == event.store else f"{event.store} {event.phase}"
+        text = f"{event.organization} {phase}: {event.done:,}"
+        unfinished = event.total is not None and event.done < event.total
+        if unfinished:
             text += f" of {event.total:,}"
-        text += f" {event.unit}, {rate:,.0f}/s"
-        if event.total is not None and rate > 0 and not finished:
-            text += f", {(event.total - event.done) / rate:,.0f} s left"
-        if event.note:
-            text += f" ({event.note})"
+        text += f" {event.unit}"
+        rate = (event.done - self._first) / max(seconds, 1e-3)
+        if rate >= 1 and event.unit != "s":
+            text += f", {rate:,.0f}/s"
+            if unfinished and event.total is not None:
+                text += f", {(event.total - event.done) / rate:,.0f} s left"
+        return f"{text} ({event.note})" if event.note else text
+
+    @staticmethod
+    def clear() -> None:
+        """Make room for what stays."""
         if sys.stderr.isatty():
-            click.echo(f"\r\x1b[2K{text}", nl=finished, err=True)
-        elif finished:
-            click.echo(text, err=True)
+            click.echo("\r\x1b[2K", nl=False, err=True)
 
 
 def _find_migration(context: Context, organization: str) -> Migration:
@@ -185,12 +210,16 @@ for _name, _text in (
     _step_command(_name, _text)
 
 
-@main.command()
+@main.command(short_help="Say what would move and what blocks it; change nothing.")
 @click.argument("organization")
 @click.option("--to", "destination", required=True, metavar="CELL", help="The destination cell.")
 @click.option("--record", is_flag=True, help="Create the migration if nothing blocks it.")
 @click.option(
-    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="An option of the move."
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="An option of the move, such as ttl_s=600; may be repeated. docs/dag-reference.md.",
 )
 @_json_option
 @click.pass_obj
@@ -251,7 +280,7 @@ def parse_options(settings: tuple[str, ...]) -> Any:
         raise InvalidInput("; ".join(faults), hint="options: " + ", ".join(known)) from error
 
 
-@main.command()
+@main.command(short_help="Give a migration up, before the flip.")
 @click.argument("organization")
 @click.option("--reason", default="given up by the operator", help="For the audit.")
 @_json_option
@@ -268,15 +297,27 @@ def abort(config: Path | None, organization: str, reason: str, as_json: bool) ->
     )
 
 
-@main.command()
-@click.argument("organization")
+@main.command(short_help="Say where an organization is, and what comes next.")
+@click.argument("organization", required=False)
 @_json_option
 @click.pass_obj
-def status(config: Path | None, organization: str, as_json: bool) -> None:
-    """Say where an organization is, what its migration does, and what comes next."""
-    from cellferry.migration import steps
-    from cellferry.migration.reporting import render_status
+def status(config: Path | None, organization: str | None, as_json: bool) -> None:
+    """Say where an organization is, what its migration does, and what comes next.
 
+    Without an organization: list the migrations that are not over.
+    """
+    from cellferry.migration import steps
+    from cellferry.migration.reporting import render_migrations, render_status
+    from cellferry.migration.result import plain
+
+    if organization is None:
+        with _context(config, quiet=True) as context:
+            migrations = steps.unfinished(context)
+        if as_json:
+            click.echo(json.dumps(plain(migrations)))
+        else:
+            render_migrations(migrations)
+        return
     with _context(config, quiet=True) as context:
         found = steps.status(context, organization)
     if as_json:
@@ -285,11 +326,15 @@ def status(config: Path | None, organization: str, as_json: bool) -> None:
         render_status(found)
 
 
-@main.command()
+@main.command(short_help="All steps from plan to soak; clean-up waits for the TTL.")
 @click.argument("organization")
 @click.option("--to", "destination", required=True, metavar="CELL", help="The destination cell.")
 @click.option(
-    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="An option of the move."
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="An option of the move, such as ttl_s=600; may be repeated. docs/dag-reference.md.",
 )
 @_json_option
 @click.pass_obj
@@ -313,12 +358,13 @@ def move(
             result = step(context, planned.migration)
             results.append(result.as_dict())
             if not as_json:
+                _ProgressLine.clear()
                 click.echo(f"{result.step}: {result.summary}")
     if as_json:
         click.echo(json.dumps(results))
 
 
-@main.command("prepare-cell")
+@main.command("prepare-cell", short_help="Install what a cell needs; may be repeated.")
 @click.argument("cell")
 @click.option("--remove", is_flag=True, help="Take everything out again.")
 @_json_option
@@ -333,7 +379,7 @@ def prepare_cell(config: Path | None, cell: str, remove: bool, as_json: bool) ->
     click.echo(json.dumps(done) if as_json else f"{cell}: {'removed' if remove else 'prepared'}")
 
 
-@main.command("map")
+@main.command("map", short_help="Show how each table of a cell is placed.")
 @click.argument("cell")
 @click.option(
     "--write", type=click.Path(path_type=Path), help="Write the map for review as YAML here."
@@ -361,7 +407,7 @@ def topology() -> None:
     """The control plane's database."""
 
 
-@topology.command("install")
+@topology.command("install", short_help="Create or upgrade the topology's schema.")
 @click.pass_obj
 def install_topology(config: Path | None) -> None:
     """Create or upgrade the topology's schema and register the configured cells."""

@@ -42,7 +42,7 @@ LARGE_ROWS = 300_000
 PAUSE_P50_S = 0.1
 PAUSE_MAX_S = 1.0
 #: Into a pipe, work that goes on in the same state is said again after so many seconds.
-REPEAT_AFTER_S = 15.0
+REPEAT_AFTER_S = 30.0
 #: States in which nobody works on a migration: its last progress is no news.
 AT_REST = frozenset({State.PLANNED, State.READY, State.RETAINED, State.COMPLETED, State.ABORTED})
 
@@ -236,7 +236,9 @@ def _say_changes(say: Any, context: Context, said: dict[str, tuple[State, float]
         if migration.state is before and (latest is None or now - at < REPEAT_AFTER_S):
             continue
         said[slug] = (migration.state, now)
-        doing = "  ".join(part for part in _work(latest) if part)
+        # just after a change the latest progress is still that of the step before
+        work = _work(latest) if migration.state is before else ()
+        doing = "  ".join(part for part in work if part)
         say(f"{slug:<12}  {migration.state:<12}  {doing}".rstrip())
 
 

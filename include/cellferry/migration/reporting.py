@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from cellferry.migration.plan import Plan
 from cellferry.migration.status import Status
+from cellferry.model import Migration, State
 
 
 def size(count: int) -> str:
@@ -22,12 +25,14 @@ def size(count: int) -> str:
 
 def render_plan(report: Plan, console: Console | None = None) -> None:
     """Print what would move, the estimates and the blockers."""
-    out = console or Console()
+    out = console or Console(highlight=False)
     out.print(
         f"[bold]{report.organization.slug}[/] (id {report.organization.id}): "
         f"{report.source} → {report.destination}"
     )
-    table = Table("store", "part", "placement", "count", "size")
+    table = Table("store", "part", "placement")
+    table.add_column("count", justify="right")
+    table.add_column("size", justify="right")
     for kind, found in report.inventories.items():
         for part in found.parts:
             if part.count:
@@ -37,9 +42,9 @@ def render_plan(report: Plan, console: Console | None = None) -> None:
         )
     out.print(table)
     out.print(f"strategy: {report.strategy} ({report.strategy_reason})")
+    copy_s = f"{report.copy_s:,.0f}" if report.copy_s >= 1 else "under 1"
     out.print(
-        f"estimates: copy {report.copy_s:,.0f} s, write pause {report.pause_s * 1000:,.0f} ms "
-        f"({report.basis})"
+        f"estimates: copy {copy_s} s, write pause {report.pause_s * 1000:,.0f} ms ({report.basis})"
     )
     for blocker in report.blockers:
         color = "red" if blocker.fatal else "yellow"
@@ -58,8 +63,11 @@ def render_plan(report: Plan, console: Console | None = None) -> None:
 
 def render_status(found: Status, console: Console | None = None) -> None:
     """Print where an organization is and what comes next."""
-    out = console or Console()
-    out.print(f"lives in [bold]{found.route.cell}[/] at epoch {found.route.epoch}")
+    out = console or Console(highlight=False)
+    out.print(
+        f"[bold]{found.organization.slug}[/] (id {found.organization.id}) lives in "
+        f"[bold]{found.route.cell}[/] since epoch {found.route.epoch}"
+    )
     migration = found.migration
     if migration is not None:
         out.print(
@@ -72,21 +80,47 @@ def render_status(found: Status, console: Console | None = None) -> None:
             out.print(f"[red]halted[/]: {escape(migration.halted)}")
         if migration.last_error:
             out.print(f"[red]last error[/]: {escape(migration.last_error)}")
-        if migration.ttl_until:
+        if migration.ttl_until and migration.state in (State.SOAKING, State.RETAINED):
             out.print(f"clean-up not before {migration.ttl_until:%Y-%m-%d %H:%M:%S} UTC")
     out.print(f"next: {found.next}")
     if found.progress:
-        table = Table("store", "phase", "done", "of", "unit", "rate/s", "time left")
+        table = Table("store", "phase")
+        for name in ("done", "rate", "time left"):
+            table.add_column(name, justify="right")
         for row in found.progress:
+            unfinished = row.total is not None and row.done < row.total
             table.add_row(
-                row.store,
+                "" if row.store == row.phase else row.store,
                 row.phase,
-                f"{row.done:,}",
-                f"{row.total:,}" if row.total is not None else "",
-                row.unit,
-                f"{row.rate_per_s:,.0f}" if row.rate_per_s is not None else "",
-                f"{row.eta_s:,.0f} s" if row.eta_s is not None else "",
+                f"{row.done:,}{f' of {row.total:,}' if unfinished else ''} {row.unit}",
+                f"{row.rate_per_s:,.0f}/s" if row.rate_per_s and row.unit != "s" else "",
+                f"{row.eta_s:,.0f} s" if row.eta_s else "",
             )
         out.print(table)
+    held: dict[str, list[str]] = {}
     for one in found.resources:
-        out.print(f"holds {one.kind} {one.name} in {one.cell}/{one.store}")
+        held.setdefault(f"{one.cell}/{one.store}", []).append(f"{one.kind} {one.name}")
+    for place, things in sorted(held.items()):
+        out.print(f"holds in {place}: {escape(', '.join(things))}")
+
+
+def render_migrations(migrations: Sequence[Migration], console: Console | None = None) -> None:
+    """Print one line for each migration, and what holds it up."""
+    out = console or Console(highlight=False)
+    if not migrations:
+        out.print("no organization is being moved, and no old copy is kept")
+        return
+    table = Table(
+        "organization", "migration", "from → to", "state", "clean-up from (UTC)", "trouble"
+    )
+    for one in migrations:
+        troubles = ("paused" if one.paused else None, one.halted, one.last_error)
+        table.add_row(
+            one.organization.slug,
+            str(one.id),
+            f"{one.source} → {one.destination}",
+            str(one.state),
+            f"{one.ttl_until:%Y-%m-%d %H:%M:%S}" if one.ttl_until else "",
+            escape("; ".join(trouble for trouble in troubles if trouble)),
+        )
+    out.print(table)

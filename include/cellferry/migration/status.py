@@ -8,7 +8,7 @@ from typing import Any
 
 from cellferry.migration.context import Context
 from cellferry.migration.result import plain
-from cellferry.model import Migration, Resource, Route, State
+from cellferry.model import LIVE_STATES, Migration, Organization, Resource, Route, State
 
 NEXT = {
     State.PLANNED: "copy starts; aborting costs nothing",
@@ -29,6 +29,7 @@ NEXT = {
 class Status:
     """An organization's route, its latest migration, and what comes next."""
 
+    organization: Organization
     route: Route
     migration: Migration | None
     next: str
@@ -52,9 +53,18 @@ def status(context: Context, organization: str) -> Status:
     moves = topology.migrations(org=found.id)
     latest = moves[0] if moves else None
     return Status(
+        organization=found,
         route=topology.route(found.id),
         migration=latest,
-        next=NEXT[latest.state] if latest else "never moved",
+        next=NEXT[latest.state]
+        if latest
+        else f"it has never moved; cellferry plan {found.slug} --to CELL says what that would take",
         progress=topology.progress(latest.id) if latest else (),
         resources=topology.live_resources(latest.id) if latest else (),
     )
+
+
+def unfinished(context: Context) -> list[Migration]:
+    """Return the migrations that are not over, oldest first: live, retained or being cleaned."""
+    states = LIVE_STATES | {State.RETAINED, State.CLEANING}
+    return context.topology.migrations(states=states)[::-1]

@@ -13,7 +13,7 @@ from cellferry.migration.cutover import cutover
 from cellferry.migration.plan import plan
 from cellferry.migration.prepare import check_cell, prepare_cell, unprepare_cell
 from cellferry.migration.soak import reverse_round, soak
-from cellferry.migration.status import status
+from cellferry.migration.status import status, unfinished
 from cellferry.migration.sync import sync
 from cellferry.migration.verify import verify
 
@@ -30,6 +30,7 @@ __all__ = [
     "status",
     "sync",
     "ttl_until",
+    "unfinished",
     "unprepare_cell",
     "verify",
 ]
