@@ -19,7 +19,7 @@ from cellferry.stores.postgres.applied import Applied, dangling, deletes, digest
 from cellferry.stores.postgres.conflicts import WAITING_ROOM, admit, clear_the_way, waiting_room
 from cellferry.stores.postgres.delta import Delta
 from cellferry.stores.postgres.ownership import owner_text
-from cellferry.stores.postgres.references import Needs, ReferencedRows, outward
+from cellferry.stores.postgres.references import Needs, ReferencedRows, crossing, outward
 from cellferry.stores.postgres.row_keys import key_array
 from cellferry.stores.postgres.schema import ForeignKey, Hop, Placement, Table
 from cellferry.stores.postgres.scope import (
@@ -51,13 +51,23 @@ class Applier:
         scope: Scope,
         wires: Mapping[str, Wire],
         move: Move,
+        *,
+        refuses_crossings: bool = True,
     ) -> None:
         self._source = source
         self._destination = destination
         self._scope = scope
         self._move = move
         self._references = ReferencedRows(source, destination, scope, wires, move.migration)
-        self._delta = Delta(source, destination, scope, move, self._references)
+        self._refuses_crossings = refuses_crossings
+        self._delta = Delta(
+            source,
+            destination,
+            scope,
+            move,
+            self._references,
+            refuses_crossings=refuses_crossings,
+        )
 
     def apply(
         self,
@@ -135,7 +145,7 @@ class Applier:
             if keys.get(str(table.name))
         }
         if done or any(followed.values()):
-            brought, size = self._bring_references(done)
+            brought, size = self._bring_references(done, complete=complete)
             applied.rows += brought
             applied.bytes += size
             self._compare({**done, **followed}, applied)
@@ -324,13 +334,20 @@ class Applier:
         }
         return wanted - there
 
-    def _bring_references(self, done: Mapping[str, set[Key]]) -> tuple[int, int]:
-        """Insert the referenced rows that the applied rows need and the destination lacks."""
+    def _bring_references(self, done: Mapping[str, set[Key]], *, complete: bool) -> tuple[int, int]:
+        """Insert the referenced rows that the applied rows need and the destination lacks.
+
+        A row may not come to refer to one of another organization (hazard 3); in a bounded
+        round its parent may still be on its way.
+        """
         checks: list[tuple[Table, ForeignKey]] = [
             (table, foreign_key)
             for table in self._scope.tables
             if done.get(str(table.name))
-            for foreign_key in outward(self._scope, table)
+            for foreign_key in (
+                *outward(self._scope, table),
+                *(crossing(self._scope, table) if complete and self._refuses_crossings else ()),
+            )
         ]
         if not checks:
             return 0, 0
@@ -344,6 +361,15 @@ class Applier:
             parent = self._scope.data_map.by_name[foreign_key.parent]
             if parent.placement is Placement.REFERENCED:
                 needs.append((foreign_key, values))
+            elif parent.placement is Placement.OWNED:
+                raise VerificationFailed(
+                    f"{table.name} came to refer to {parent.name} row {', '.join(min(values))},"
+                    f" which does not move ({foreign_key.name})",
+                    hint="another organization owns that row; clear the reference, then run the"
+                    " step again",
+                    organization=self._scope.organization,
+                    where=str(table.name),
+                )
             elif foreign_key.declared and foreign_key.trusted:
                 raise VerificationFailed(
                     f"{table.name} refers to {parent.name} row {', '.join(min(values))},"

@@ -32,7 +32,7 @@ def find_crossings(examination: Examination) -> Iterator[Blocker]:
         theirs = parent.placement is Placement.OWNED
         if ours and not key.trusted:
             yield from _orphans(examination, key, child, parent)
-        if ours and theirs and not _is_inside(data_map, key, child, parent):
+        if ours and theirs and not is_inside(data_map, key, child, parent):
             yield from _outbound(examination, key, child, parent)
             yield from _inbound(examination, key, child, parent)
         elif ours and parent.placement is Placement.CELL_LOCAL:
@@ -87,7 +87,7 @@ def is_certain(data_map: DataMap, table: Table) -> bool:
     return at.column(path.column).not_null
 
 
-def _is_inside(data_map: DataMap, key: ForeignKey, child: Table, parent: Table) -> bool:
+def is_inside(data_map: DataMap, key: ForeignKey, child: Table, parent: Table) -> bool:
     """Whether the constraint itself keeps both rows in one organization."""
     if len(child.owners) != 1 or child.owners[0].when is not None:
         return False

@@ -22,7 +22,7 @@ from psycopg import sql
 from cellferry.model import Move
 from cellferry.stores.postgres.applied import Applied, Dirty, dangling, deletes, digests
 from cellferry.stores.postgres.ownership import owner_text
-from cellferry.stores.postgres.references import ReferencedRows, outward
+from cellferry.stores.postgres.references import ReferencedRows, crossing, outward
 from cellferry.stores.postgres.row_keys import key_array
 from cellferry.stores.postgres.schema import Column, Table
 from cellferry.stores.postgres.scope import Key, Scope, keys_join
@@ -59,12 +59,15 @@ class Delta:
         scope: Scope,
         move: Move,
         references: ReferencedRows,
+        *,
+        refuses_crossings: bool = True,
     ) -> None:
         self._source = source
         self._destination = destination
         self._scope = scope
         self._move = move
         self._references = references
+        self._refuses_crossings = refuses_crossings
 
     def apply(
         self, keys: Mapping[str, set[Key]], before_commit: Callable[[], None] | None
@@ -177,13 +180,19 @@ class Delta:
         return _any_of(self._references.imported(table, some) for table, some in shared.items())
 
     def _missing_references(self, owned: Dirty) -> sql.Composed | None:
-        """A query that finds rows that refer to shared or global rows which are not there."""
+        """A query that finds rows that refer to shared or global rows which are not there.
+
+        Or, where that is to be refused, to other organizations' rows.
+        """
         return _any_of(
             dangling(number, table, foreign_key, keys_join(table, some))
             for number, (table, some, foreign_key) in enumerate(
                 (table, some, foreign_key)
                 for table, some in owned.items()
-                for foreign_key in outward(self._scope, table)
+                for foreign_key in (
+                    *outward(self._scope, table),
+                    *(crossing(self._scope, table) if self._refuses_crossings else ()),
+                )
             )
         )
 

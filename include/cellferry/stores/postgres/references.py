@@ -17,6 +17,7 @@ from psycopg import sql
 
 from cellferry.errors import PermanentError
 from cellferry.stores.postgres.conflicts import WAITING_ROOM, waiting_room
+from cellferry.stores.postgres.crossings import is_inside
 from cellferry.stores.postgres.row_keys import key_array, key_text
 from cellferry.stores.postgres.schema import ForeignKey, Placement, Table
 from cellferry.stores.postgres.scope import (
@@ -334,6 +335,25 @@ def outward(scope: Scope, table: Table) -> tuple[ForeignKey, ...]:
         and is_comparable(foreign_key)
         and foreign_key.parent in by_name
         and by_name[foreign_key.parent].placement is not Placement.OWNED
+    )
+
+
+def crossing(scope: Scope, table: Table) -> tuple[ForeignKey, ...]:
+    """Return the foreign keys of `table` by which a row may refer to another organization's.
+
+    Only those that the source enforces: a row without its parent is then the move's doing.
+    """
+    by_name = scope.data_map.by_name
+    return tuple(
+        foreign_key
+        for foreign_key in scope.data_map.foreign_keys
+        if foreign_key.child == table.name
+        and foreign_key.declared
+        and foreign_key.trusted
+        and is_comparable(foreign_key)
+        and foreign_key.parent in by_name
+        and by_name[foreign_key.parent].placement is Placement.OWNED
+        and not is_inside(scope.data_map, foreign_key, table, by_name[foreign_key.parent])
     )
 
 

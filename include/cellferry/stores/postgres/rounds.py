@@ -91,6 +91,8 @@ class Rounds:
     Args:
         source: where the log and the current rows are; in autocommit mode.
         destination: where they are applied; in autocommit mode, with the replica role.
+        refuses_crossings: whether a row that comes to refer to another organization's row stops
+            the round; on the way back it is the next plan that says so.
     """
 
     def __init__(
@@ -100,12 +102,16 @@ class Rounds:
         scope: Scope,
         wires: Mapping[str, Wire],
         move: Move,
+        *,
+        refuses_crossings: bool = True,
     ) -> None:
         self._source = source
         self._destination = destination
         self._scope = scope
         self._move = move
-        self._applier = Applier(source, destination, scope, wires, move)
+        self._applier = Applier(
+            source, destination, scope, wires, move, refuses_crossings=refuses_crossings
+        )
 
     def run(
         self,

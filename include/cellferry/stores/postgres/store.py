@@ -491,7 +491,14 @@ class PostgresMove(StoreMove):
         """One round from the destination back to the gated source."""
         with self._errors():
             gate.hold_capture(self._destination, self.move)
-            rounds = Rounds(self._destination, self._source, self._scope, self._wires, self.move)
+            rounds = Rounds(
+                self._destination,
+                self._source,
+                self._scope,
+                self._wires,
+                self.move,
+                refuses_crossings=False,
+            )
             done, _ = rounds.run(before_commit=self._insist_on_moved_source)
             return done
 
