@@ -25,6 +25,8 @@ from cellferry.model import Blocker, Cell, Progress
 from cellferry.stores.postgres import sessions
 from cellferry.stores.postgres.schema import DataMap, Name, Placement
 from cellferry.stores.postgres.triggers import (
+    CAPTURE_TRIGGER,
+    GATE_TRIGGER,
     TRUNCATE_TRIGGER,
     Installation,
     create_truncate_trigger,
@@ -244,7 +246,8 @@ def _install_table(
         connection.execute(installation.function_sql.encode())
         if not _row_trigger_is_right(connection, installation):
             _lock_table(connection, installation.table, patience)
-            connection.execute(drop_trigger(installation.trigger, installation.table))
+            for trigger in (GATE_TRIGGER, CAPTURE_TRIGGER):
+                connection.execute(drop_trigger(trigger, installation.table))
             connection.execute(installation.create_row_trigger())
         for table in _without_truncate_trigger(connection, installation.table):
             _lock_table(connection, table, patience)
@@ -278,14 +281,12 @@ def _bound_waits(connection: Connection, patience: Patience) -> str:
     return milliseconds
 
 
-def _has_our_trigger(connection: Connection, table: Name) -> bool:
-    return (
-        connection.execute(
-            r"SELECT FROM pg_trigger WHERE tgrelid = %s::regclass AND tgname LIKE 'zz\_cellferry%%'",
-            (table.identifier.as_string(None),),
-        ).rowcount
-        > 0
+def _has_our_trigger(connection: Connection, table: Name, name: str = "zz_cellferry%") -> bool:
+    found = connection.execute(
+        "SELECT FROM pg_trigger WHERE tgrelid = %s::regclass AND tgname LIKE %s",
+        (table.identifier.as_string(None), name),
     )
+    return found.rowcount > 0
 
 
 def _patiently(
@@ -355,6 +356,9 @@ def _is_right(connection: Connection, installation: Installation) -> bool:
 
 def _row_trigger_is_right(connection: Connection, installation: Installation) -> bool:
     """Whether the root and every partition have the row trigger, enabled, with our function."""
+    other = CAPTURE_TRIGGER if installation.trigger == GATE_TRIGGER else GATE_TRIGGER
+    if _has_our_trigger(connection, installation.table, other):
+        return False  # the table was placed differently before
     before = 2 if installation.timing == "BEFORE" else 0
     row = connection.execute(
         """
