@@ -138,6 +138,9 @@ class StepProgress(Progress):
     """Progress of one step: to the topology (for everybody) and to a listener (for this person).
 
     `check` asks the topology whether this attempt may go on, at most twice a second.
+
+    Attributes:
+        stoppable: whether a pause or a halt ends the step; a take-over always does.
     """
 
     CHECK_EVERY_S = 0.5
@@ -153,7 +156,7 @@ class StepProgress(Progress):
     ) -> None:
         self._context = context
         self._organization = organization
-        self._stoppable = stoppable
+        self.stoppable = stoppable
         self._sink = context.topology.progress_sink(migration, attempt) if migration else None
         self._checked = time.monotonic()
 
@@ -180,7 +183,7 @@ class StepProgress(Progress):
         try:
             self._sink.check()
         except Stopped:
-            if self._stoppable:
+            if self.stoppable:
                 raise
         self._checked = time.monotonic()
 
@@ -243,16 +246,12 @@ def attempt(
     """
     topology = context.topology
     migration = topology.migration(migration_id)
-    if migration.state not in allowed:
-        raise WrongState(
-            f"migration {migration_id} is {migration.state}, and {step} needs "
-            f"{' or '.join(sorted(allowed))}",
-            organization=migration.organization.slug,
-            step=step,
-            hint="see `cellferry status` for what to do next",
-        )
+    _insist_on_state(migration, step, allowed)
     holder = f"{socket.gethostname()}:{os.getpid()}:{step}"
     number = topology.take_lease(migration_id, holder, context.actor)
+    # An older attempt may have flipped just before: it goes on at the stores if this step cannot.
+    migration = topology.migration(migration_id)
+    _insist_on_state(migration, step, allowed)
     move = context.move(migration, number)
     progress = StepProgress(
         context, migration.organization.slug, migration_id, number, stoppable=stoppable
@@ -275,6 +274,17 @@ def attempt(
         _remember(context, migration_id, number, f"{type(error).__name__}: {error} [step {step}]")
         raise
     topology.set_error(migration_id, None, attempt=number)
+
+
+def _insist_on_state(migration: Migration, step: str, allowed: frozenset[State]) -> None:
+    if migration.state not in allowed:
+        raise WrongState(
+            f"migration {migration.id} is {migration.state}, and {step} needs "
+            f"{' or '.join(sorted(allowed))}",
+            organization=migration.organization.slug,
+            step=step,
+            hint="see `cellferry status` for what to do next",
+        )
 
 
 def _remember(context: Context, migration_id: int, number: int, text: str) -> None:

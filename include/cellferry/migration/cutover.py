@@ -65,15 +65,19 @@ def cutover(context: Context, migration_id: int) -> StepResult:
         migration.state is State.SOAKING and migration.facts.get("handed_over")
     ):
         return _result(context, migration_id, repeated=True)
-    with attempt(context, migration_id, "cutover", ALLOWED) as at:
+    # What an earlier attempt left frozen must serve again, whoever paused or halted it since.
+    with attempt(context, migration_id, "cutover", ALLOWED, stoppable=False) as at:
         if at.migration.state is State.SOAKING:
             _hand_over(at)  # an earlier attempt died between the flip and the hand-over
             at.record({"handed_over": True})
             return _result(context, migration_id, repeated=True)
         if at.migration.state is State.CUTTING_OVER:
-            # An earlier attempt died before the flip: the source may be frozen. It serves first.
             at.transition(State.READY, reason="an earlier cutover died before the flip")
-            _thaw(at)
+        # An earlier attempt died before the flip, or before it had thawed: the source may be
+        # frozen. It serves first.
+        _thaw(at)
+        at.progress.stoppable = True
+        at.progress.check_now()
         _catch_up(at)
         at.transition(State.CUTTING_OVER)
         with _signals_wait():
@@ -222,9 +226,11 @@ def _undo(at: Attempt, error: BaseException) -> None:
 
 
 def _thaw(at: Attempt) -> None:
-    for store in at.stores.values():
-        _insist(at, store.thaw)
-    _release(at)
+    """Let the source serve again at every store that can; then raise what kept another from it."""
+    try:
+        _together(at, lambda store: _insist(at, store.thaw))
+    finally:
+        _release(at)
 
 
 def _release(at: Attempt) -> None:

@@ -1,0 +1,177 @@
+"""Cutovers that die, are stopped or are overtaken at the wrong moment."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import psycopg
+import pytest
+
+from cellferry.errors import CellferryError, LeaseLost, NotConverging, Paused, WrongState
+from cellferry.migration import cutover as cutover_module
+from cellferry.migration import steps
+from cellferry.model import Actor, Organization, State
+from cellferry.stores.postgres.store import PostgresMove
+from cellferry.topology import Topology
+from fixtures.cells import TwoCells
+
+BEING_MOVED = "CF002"
+
+
+class KilledError(BaseException):
+    """The controller's process ends here."""
+
+
+@pytest.fixture
+def acme(cells: TwoCells) -> Organization:
+    return cells.add_organization(7, issues=3)
+
+
+def ready(cells: TwoCells, organization: Organization) -> int:
+    migration = cells.plan(organization)
+    with cells.context() as context:
+        for step in (steps.copy, steps.sync, steps.verify):
+            step(context, migration)
+    return migration
+
+
+def refusal(cells: TwoCells, cell: str) -> str | None:
+    """Write as the application does; return the SQLSTATE of a refusal."""
+    try:
+        with cells.application(cell) as connection:
+            connection.execute("UPDATE issues SET counter = counter + 1 WHERE organization_id = 7")
+    except psycopg.Error as error:
+        return error.sqlstate
+    return None
+
+
+def killed(*_arguments: Any, **_named: Any) -> None:
+    raise KilledError
+
+
+def killed_later(verb: Any) -> Any:
+    """A thaw or a release at the start of a cutover is harmless; the next one is the end."""
+    is_first = verb.__name__ in {"thaw", "_thaw", "_release"}
+
+    def wrapped(*arguments: Any) -> None:
+        nonlocal is_first
+        if not is_first:
+            raise KilledError
+        is_first = False
+        verb(*arguments)
+
+    return wrapped
+
+
+def kill_in(
+    cells: TwoCells, migration: int, monkeypatch: pytest.MonkeyPatch, where: str, after: str
+) -> None:
+    """Run a cutover whose process ends in `where`, because the store's verb `after` failed."""
+    with monkeypatch.context() as patch:
+        patch.setattr(PostgresMove, after, killed)
+        patch.setattr(cutover_module, where, killed_later(getattr(cutover_module, where)))
+        with cells.context() as context, pytest.raises(KilledError):
+            steps.cutover(context, migration)
+
+
+def test_a_controller_that_dies_before_it_thaws_leaves_no_frozen_source_to_a_retry_that_gives_up(
+    cells: TwoCells, acme: Organization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    migration = ready(cells, acme)
+    kill_in(cells, migration, monkeypatch, "_thaw", after="finish")
+    assert cells.migration(migration).state is State.READY
+    assert refusal(cells, "cell-1") == BEING_MOVED
+
+    def gives_up(_at: Any) -> None:
+        raise NotConverging("too many writes")
+
+    monkeypatch.setattr(cutover_module, "_catch_up", gives_up)
+    with cells.context() as context, pytest.raises(NotConverging):
+        steps.cutover(context, migration)
+
+    assert refusal(cells, "cell-1") is None
+
+
+def test_a_pause_does_not_keep_a_dead_cutovers_source_frozen(
+    cells: TwoCells, acme: Organization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    migration = ready(cells, acme)
+    kill_in(cells, migration, monkeypatch, "_undo", after="finish")
+    assert cells.migration(migration).state is State.CUTTING_OVER
+    with cells.context() as context:
+        context.topology.set_paused(migration, True, Actor("operator"))
+        with pytest.raises(Paused):
+            steps.cutover(context, migration)
+
+    assert refusal(cells, "cell-1") is None
+
+
+def test_a_halt_does_not_keep_a_flipped_organization_frozen(
+    cells: TwoCells, acme: Organization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    migration = ready(cells, acme)
+    kill_in(cells, migration, monkeypatch, "_release", after="hand_over")
+    assert cells.migration(migration).state is State.SOAKING
+    with cells.context() as context:
+        context.topology.set_halted(migration, "look at it", Actor("operator"))
+        steps.cutover(context, migration)
+
+    assert refusal(cells, "cell-2") is None
+
+
+def test_a_store_that_cannot_thaw_does_not_keep_another_frozen(
+    cells: TwoCells, acme: Organization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    migration = ready(cells, acme)
+
+    def refused(*_arguments: Any) -> None:
+        raise WrongState("the route changed")
+
+    monkeypatch.setattr(Topology, "flip", refused)
+    monkeypatch.setattr(PostgresMove, "thaw", killed_later(PostgresMove.thaw))
+    with cells.context() as context, pytest.raises(KilledError):
+        steps.cutover(context, migration)
+
+    with cells.organization_redis("cell-1", "7") as client:
+        assert client.incr("org:{7}:counter") == 6
+
+
+def test_an_abort_that_comes_just_too_late_lets_the_cutover_hand_over(
+    cells: TwoCells, acme: Organization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    migration = ready(cells, acme)
+    asked, flipped = threading.Event(), threading.Event()
+    real_lease, real_flip = Topology.take_lease, Topology.flip
+    outcome: list[BaseException] = []
+
+    def late() -> None:
+        try:
+            with cells.context() as context:
+                steps.abort(context, migration, "too slow")
+        except CellferryError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=late)
+
+    def lease(self: Topology, *arguments: Any) -> int:
+        if threading.current_thread() is thread:
+            asked.set()
+            assert flipped.wait(20)
+        return real_lease(self, *arguments)
+
+    def flip(self: Topology, *arguments: Any) -> Any:
+        thread.start()
+        assert asked.wait(20)
+        route = real_flip(self, *arguments)
+        flipped.set()
+        thread.join(30)
+        return route
+
+    monkeypatch.setattr(Topology, "take_lease", lease)
+    monkeypatch.setattr(Topology, "flip", flip)
+    with cells.context() as context, pytest.raises(LeaseLost):
+        steps.cutover(context, migration)
+
+    assert isinstance(outcome[0], WrongState)
+    assert refusal(cells, "cell-2") is None
