@@ -10,13 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cellferry.migration.reporting import size
 from cellferry.orchestration.progress import duration
 
 if TYPE_CHECKING:
     from cellferry.model import Migration
 
 _ENDED_BADLY = ("failed", "upstream_failed", "removed", None)
-_NUMBERS = frozenset({"rows", "keys", "bytes", "rate/s", "rounds", "pause", "copy", "deleted"})
+_NUMBERS = frozenset(
+    {"rows", "keys", "size", "copied/s", "rounds", "write pause", "gate closed", "copy", "deleted"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +70,10 @@ def plan_row(slug: str, plan: Mapping[str, Any] | None) -> dict[str, str]:
         "from → to": f"{plan['source']} → {plan['destination']}",
         "rows": _count(totals, "rows"),
         "keys": _count(totals, "keys"),
-        "bytes": size(sum(int(found["bytes"]) for found in totals.values())),
+        "size": size(sum(int(found["bytes"]) for found in totals.values())),
         "strategy": str(plan["strategy"]),
         "copy": "about " + duration(float(plan["copy_s"])),
-        "pause": f"about {1000 * float(plan['pause_s']):.0f} ms",
+        "write pause": f"about {1000 * float(plan['pause_s']):.0f} ms",
     }
 
 
@@ -92,12 +95,13 @@ def move_row(one: Lane, migration: Migration | None) -> dict[str, str]:
         "from → to": f"{migration.source} → {migration.destination}",
         "rows": _of(copied, "postgres", "count"),
         "keys": _of(copied, "redis", "count"),
-        "bytes": size(sum(int(found.get("bytes", 0)) for found in copied.values()))
+        "size": size(sum(int(found.get("bytes", 0)) for found in copied.values()))
         if copied
         else "",
-        "rate/s": f"{count / seconds:,.0f}" if seconds else "",
-        "rounds": "/".join(str(len(done)) for done in rounds.values()),
-        "pause": f"{1000 * float(pause):.0f} ms" if pause is not None else "",
+        "copied/s": f"{count / seconds:,.0f}" if seconds else "",
+        "rounds": str(sum(len(done) for done in rounds.values())) if rounds else "",
+        # what the writers waited is a little more: they also have to go to the new cell
+        "gate closed": f"{1000 * float(pause):.0f} ms" if pause is not None else "",
         "verified": _verified(migration, verified),
         "deleted": f"{sum(int(found['deleted']) for found in cleaned.values()):,}"
         if cleaned
@@ -130,16 +134,6 @@ def _of(facts: Mapping[str, Mapping[str, Any]], kind: str, name: str) -> str:
 
 def _count(totals: Mapping[str, Mapping[str, Any]], unit: str) -> str:
     return f"{sum(int(one['count']) for one in totals.values() if one['unit'] == unit):,}"
-
-
-def size(count: int) -> str:
-    """Return bytes as people say them: `812 B`, `4.0 MB`."""
-    amount = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if amount < 1_000:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1_000
-    return f"{amount:.1f} TB"
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:
