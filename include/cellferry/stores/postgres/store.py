@@ -523,9 +523,12 @@ class PostgresMove(StoreMove):
         """Delete the copy on `side`, then its gate, log, checkpoints and lease."""
         connection = self._source if side is Side.SOURCE else self._destination
         with sessions.translate_errors(self._where(side)):
-            if gate.state(connection, self.move.organization.id) is None:
+            found = gate.state(connection, self.move.organization.id)
+            if found is None or (
+                side is Side.DESTINATION and found.migration != self.move.migration
+            ):
                 # The gate goes last: without it there is nothing of this migration, or nothing
-                # left of it.
+                # left of it. Where another's keeps it out, nothing of it came in.
                 cleaned = Cleaned(deleted=0, seconds=0.0, notes=("there was nothing to delete",))
             else:
                 cleaner = Cleaner(connection, self._scope, self.move, side, self._progress)

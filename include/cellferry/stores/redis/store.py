@@ -768,11 +768,17 @@ class RedisMove(base.StoreMove):
         self._delete_users(side)
         marker = gate.read()
         is_closed = marker is not None and marker.state is not GateState.OPEN
-        if is_closed and not (cleaned and gate.deletable(marker)):
-            return
-        if gate.dismantle():
-            for kind in ("gate", "lease", "checkpoint"):
-                self._forget(side, kind, self._prefix.marker(kind))
+        is_ours = marker is not None and marker.migration == self.move.migration
+        held = gate.lease()
+        # A newer migration took over what this one had here; it removes it, too.
+        is_passed_on = held is not None and held[0] > self.move.migration
+        if not is_passed_on or (is_closed and is_ours):
+            if is_closed and not (cleaned and gate.deletable(marker)):
+                return
+            if not gate.dismantle():
+                return
+        for kind in ("gate", "lease", "checkpoint"):
+            self._forget(side, kind, self._prefix.marker(kind))
 
     def _delete_users(self, side: Side) -> None:
         for name in self._gate(side).delete_users():
