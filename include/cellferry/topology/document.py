@@ -47,12 +47,12 @@ def plain(value: Any) -> Any:  # noqa: C901 one branch for each kind of value
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, str):
-        return without_secrets(value.replace("\0", "\N{REPLACEMENT CHARACTER}"))
+        return _text(value)
     if isinstance(value, float):
         return value if isfinite(value) else str(value)
     if isinstance(value, Mapping):
         return {
-            str(key): _HIDDEN
+            _text(str(key)): _HIDDEN
             if isinstance(item, str) and item and _SECRET_NAME.search(str(key))
             else plain(item)
             for key, item in value.items()
@@ -77,3 +77,9 @@ def plain(value: Any) -> Any:  # noqa: C901 one branch for each kind of value
     if isinstance(value, PurePath):
         return str(value)
     raise InvalidInput(f"a value of type {type(value).__name__} cannot be kept in the topology")
+
+
+def _text(value: str) -> str:
+    """Return what jsonb takes: no NUL, no half of a surrogate pair."""
+    storable = value.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
+    return without_secrets(storable)
