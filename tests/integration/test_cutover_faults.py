@@ -8,7 +8,14 @@ from typing import Any
 import psycopg
 import pytest
 
-from cellferry.errors import CellferryError, LeaseLost, NotConverging, Paused, WrongState
+from cellferry.errors import (
+    CellferryError,
+    LeaseLost,
+    NotConverging,
+    Paused,
+    Unreachable,
+    WrongState,
+)
 from cellferry.migration import cutover as cutover_module
 from cellferry.migration import steps
 from cellferry.model import Actor, Organization, State
@@ -134,6 +141,56 @@ def test_a_store_that_cannot_thaw_does_not_keep_another_frozen(
         steps.cutover(context, migration)
 
     with cells.organization_redis("cell-1", "7") as client:
+        assert client.incr("org:{7}:counter") == 6
+
+
+def end_connections(cells: TwoCells, cell: str) -> None:
+    """Every connection of the mover to `cell` is lost at once."""
+    with cells.admin(cell) as connection:
+        connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE application_name LIKE 'cellferry:%' AND datname = current_database()"
+        )
+    with cells.redis(cell) as client:
+        client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+
+
+def test_connections_lost_under_the_gate_do_not_keep_the_source_frozen(
+    cells: TwoCells, acme: Organization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    migration = ready(cells, acme)
+
+    def lost(_self: Any) -> None:
+        end_connections(cells, "cell-1")
+        raise Unreachable("a moment")
+
+    monkeypatch.setattr(PostgresMove, "finish", lost)
+    with cells.context() as context, pytest.raises(Unreachable):
+        steps.cutover(context, migration)
+
+    assert refusal(cells, "cell-1") is None
+    with cells.organization_redis("cell-1", "7") as client:
+        assert client.incr("org:{7}:counter") == 6
+
+
+def test_connections_lost_at_the_flip_do_not_keep_the_hand_over_waiting(
+    cells: TwoCells, acme: Organization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    migration = ready(cells, acme)
+    real = Topology.flip
+
+    def flip(self: Topology, *arguments: Any) -> Any:
+        route = real(self, *arguments)
+        for cell in ("cell-1", "cell-2"):
+            end_connections(cells, cell)
+        return route
+
+    monkeypatch.setattr(Topology, "flip", flip)
+    with cells.context() as context:
+        steps.cutover(context, migration)
+
+    assert refusal(cells, "cell-2") is None
+    with cells.organization_redis("cell-2", "7") as client:
         assert client.incr("org:{7}:counter") == 6
 
 

@@ -154,9 +154,12 @@ class PostgresMove(StoreMove):
         return f"{self.move.cell(side).name}/{KIND}"
 
     def _connection(self, side: Side, purpose: str = "move") -> Connection:
-        """A session of the mover's role in autocommit mode; made when first asked for."""
+        """A session of the mover's role in autocommit mode; made when first asked for.
+
+        One that was lost is made anew: a thaw and a hand-over must not fail for it.
+        """
         key = f"{side} {purpose}"
-        if key not in self._connections:
+        if key not in self._connections or self._connections[key].closed:
             connection = sessions.connect(
                 _endpoint(self.move.cell(side)).url,
                 purpose=purpose,

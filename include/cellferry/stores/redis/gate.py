@@ -268,8 +268,12 @@ class Gate:
         """
 
         def decide(marker: Marker | None, _rules: AccessRules | None) -> Change | None:
-            if marker is None or marker.state is GateState.OPEN:
+            if marker is None or (marker.state is GateState.OPEN and not self._is_mine(marker)):
                 return None
+            if marker.state is GateState.OPEN:
+                # Written again: a freeze whose connection was lost may come yet, and finds its
+                # watched key changed.
+                return Change(marker)
             if marker.state is not GateState.FROZEN or not self._is_mine(marker):
                 raise self._wrong(marker, "open")
             return Change(replace(marker, state=GateState.OPEN), marker.rules)

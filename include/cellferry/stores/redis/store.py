@@ -809,6 +809,9 @@ class RedisMove(base.StoreMove):
         return f"cellferry:{self.move.migration}:{self.move.attempt}:{what}"
 
     def _gate(self, side: Side) -> Gate:
+        if side in self._gates and self._gates[side].admin.is_lost:
+            # A thaw and a hand-over must not fail for it.
+            self._gates.pop(side).admin.close()
         if side not in self._gates:
             admin = Wire(_admin_address(self.move.cell(side)), self._name("gate"))
             self._gates[side] = self._new_gate(admin, side)

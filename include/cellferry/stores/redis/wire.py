@@ -155,6 +155,8 @@ class Wire:
 
     def __init__(self, address: Address, name: str, *, protocol: int = 2) -> None:
         self.address = address
+        self.is_lost = False
+        """Whether a reply did not come: it may still, and would be taken for another's."""
         self.known_commands: dict[str, bool] = {}
         self._reader = hiredis.Reader(notEnoughData=_PENDING)
         self._socket = self._connect()
@@ -300,6 +302,7 @@ class Wire:
                 raise explain(error, address.where)
 
     def _lost(self, error: OSError | None) -> Unreachable:
+        self.is_lost = True
         reason = str(error) if error else "the server closed it"
         return Unreachable(
             f"the connection to {self.address.host}:{self.address.port} was lost: {reason}",
