@@ -395,8 +395,10 @@ def test_one_statement_over_very_many_organizations_does_not_fill_the_lock_table
 def test_writers_that_hold_what_others_need_do_not_lock_the_cutover_up(ferry: Ferry) -> None:
     """A writer in flight needs a row of a writer that waits at the gate.
 
-    Only an attempt that is given up before `deadlock_timeout` (1 s) lets all three go on.
+    Only an attempt that is given up lets all three go on; nothing else comes to their help here.
     """
+    ((database,),) = ferry.run(Side.SOURCE, "SELECT current_database()")
+    ferry.run(Side.SOURCE, f"ALTER DATABASE {database} SET deadlock_timeout = '20s'")
     failures: list[psycopg.Error] = []
 
     def finish(connection: psycopg.Connection[Any], issue: int) -> None:
@@ -498,6 +500,40 @@ def test_a_client_that_knows_a_later_epoch_than_the_gate_does_not_believe_the_ce
     ready(cells, acme)
 
     assert isinstance(asked_by_a_stale_client(cells, "cell-1", 3, READ), BeingMoved)
+
+
+# ── 10: preparing a cell ────────────────────────────────────────────────────────────────────────
+
+
+def test_preparing_a_cell_does_not_hold_writers_up_behind_a_long_transaction(
+    ferry: Ferry,
+) -> None:
+    """The trigger's DDL waits for a report that reads; writers must not wait as long."""
+    ferry.run(Side.SOURCE, "DROP TRIGGER zz_cellferry_gate ON projects")
+    ferry.run(Side.SOURCE, "DELETE FROM cellferry.installed WHERE what = 'public.projects'")
+    preparing = threading.Thread(
+        target=lambda: ferry.store.prepare_cell(ferry.source, ferry.progress)
+    )
+    longest_s = 0.0
+    with psycopg.connect(ferry.url(Side.SOURCE)) as report, ferry.session(Side.SOURCE) as writer:
+        report.execute("UPDATE projects SET level = 'low' WHERE id = 2")
+        preparing.start()
+        until = time.monotonic() + 2.5
+        while time.monotonic() < until:
+            started = time.monotonic()
+            writer.execute("UPDATE projects SET level = 'low' WHERE id = 4")
+            longest_s = max(longest_s, time.monotonic() - started)
+        assert preparing.is_alive(), "the report is in its way"
+        report.commit()
+        preparing.join(30)
+
+    assert longest_s < 1.0
+    (installed,) = ferry.run(
+        Side.SOURCE,
+        "SELECT count(*) FROM pg_trigger WHERE tgname = 'zz_cellferry_gate'"
+        " AND tgrelid = 'projects'::regclass",
+    )
+    assert installed == (1,)
 
 
 # ── 13: collations ──────────────────────────────────────────────────────────────────────────────
