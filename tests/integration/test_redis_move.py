@@ -338,8 +338,8 @@ def test_a_client_that_waits_in_a_blocking_command_takes_nothing(pair: ValkeyPai
         waiter.start()
         time.sleep(0.3)
         redis_move.freeze(5.0)
-        waiter.join(5)
-        assert isinstance(outcome[0], redis.RedisError)
+        waiter.join(2)
+        assert isinstance(outcome[0], redis.exceptions.ConnectionError)
 
 
 def test_another_organization_writes_on_while_one_is_frozen(pair: ValkeyPair) -> None:
@@ -490,6 +490,22 @@ def test_a_late_cleanup_after_a_return_deletes_nothing(pair: ValkeyPair) -> None
     assert contents(pair.source, KEYS) == before
     with application(pair.source) as client:
         client.set("org:{4}:home", 1)
+
+
+def test_a_late_cleanup_is_refused_by_the_gate_alone(pair: ValkeyPair) -> None:
+    with admin(pair.source) as client:
+        fill(client, keys=30)
+    with attempt(pair, 1) as there:
+        move_everything(there)
+    with attempt(ValkeyPair(pair.destination, pair.source), 1, migration=8, epoch=2) as back:
+        move_everything(back)
+    for server in (pair.source, pair.destination):
+        with admin(server) as client:
+            client.delete("cellferry:lease:{4}")  # a crash may lose the last second
+    before = contents(pair.source, KEYS)
+    with attempt(pair, 2) as late, pytest.raises(WrongState, match="may not delete"):
+        late.cleanup(Side.SOURCE)
+    assert contents(pair.source, KEYS) == before
 
 
 def attempt_without_fence(pair: ValkeyPair, number: int) -> AbstractContextManager[RedisMove]:
