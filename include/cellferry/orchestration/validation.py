@@ -56,7 +56,7 @@ def check_move_request(
         raise InvalidInput(
             f"{len(faults)} of {len(request.organizations)} organizations cannot be taken: "
             + "; ".join(faults),
-            hint="correct the list and trigger a new run; nothing was changed",
+            hint="correct the list and trigger a new run",
         )
     return [{"id": one.id, "slug": one.slug} for one in found.values()]
 
@@ -164,6 +164,6 @@ def check_clean_up(context: Context, migrations: Sequence[int]) -> list[dict[str
         raise InvalidInput(
             f"{len(faults)} of {len(migrations)} migrations cannot be cleaned up: "
             + "; ".join(faults),
-            hint="only retained migrations have an old copy to delete; nothing was changed",
+            hint="only retained migrations have an old copy to delete",
         )
     return needed
