@@ -245,8 +245,10 @@ BLOCKERS: dict[str, tuple[dict[str, Callable[[TwoCells, str], None]], tuple[str,
     "a missing column": (
         {"cell-2": execute("ALTER TABLE issues DROP COLUMN counter")},
         (
-            "cell-2/postgres public.issues: column counter: cell-1 has integer NOT NULL, "
-            "cell-2 has no such column",
+            (
+                "cell-2/postgres public.issues: column counter: cell-1 has integer NOT NULL, "
+                "cell-2 has no such column"
+            ),
             "run the same schema migrations in both cells",
         ),
     ),
@@ -262,8 +264,10 @@ BLOCKERS: dict[str, tuple[dict[str, Callable[[TwoCells, str], None]], tuple[str,
             )
         },
         (
-            "cell-2/postgres public.issues: primary key issues_pkey (id): values of organization 7"
-            " belong to rows of organization 9 already, for example (7000001)",
+            (
+                "cell-2/postgres public.issues: primary key issues_pkey (id): values of organization 7"
+                " belong to rows of organization 9 already, for example (7000001)"
+            ),
             "give each cell its own range of ids",
         ),
     ),

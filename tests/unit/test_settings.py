@@ -29,14 +29,20 @@ FAULTS = {
     "a list": ("- a", "holds a list"),
     "not YAML": ("cells: {", "is not YAML"),
     "no cells": ("cells: {}", "cells: "),
-    "unknown key": (json.dumps({**GOOD, "celss": 1}), "celss: there is no such setting, did you mean 'cells'?"),
+    "unknown key": (
+        json.dumps({**GOOD, "celss": 1}),
+        "celss: there is no such setting, did you mean 'cells'?",
+    ),
     "unknown key of a cell": (
         json.dumps({"cells": {"one": {"stores": STORES, "regon": "eu"}}}),
         "cells.one.regon: there is no such setting, did you mean 'region'?",
     ),
     "unknown option": (
         stored("postgres", capacty_bytes=5),
-        "cells.one.stores.postgres.capacty_bytes: there is no such option, did you mean 'capacity_bytes'?",
+        (
+            "cells.one.stores.postgres.capacty_bytes: there is no such option, "
+            "did you mean 'capacity_bytes'?"
+        ),
     ),
     "option of another store": (
         stored("redis", capacity_bytes=5),
@@ -50,7 +56,7 @@ FAULTS = {
         json.dumps({"cells": {"one": {"stores": {"postgres": {}}}}}),
         "cells.one.stores.postgres.connection: Field required",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
