@@ -265,8 +265,8 @@ BLOCKERS: dict[str, tuple[dict[str, Callable[[TwoCells, str], None]], tuple[str,
         },
         (
             (
-                "cell-2/postgres public.issues: primary key issues_pkey (id): values of organization 7"
-                " belong to rows of organization 9 already, for example (7000001)"
+                "cell-2/postgres public.issues: primary key issues_pkey (id): values of "
+                "organization 7 belong to rows of organization 9 already, for example (7000001)"
             ),
             "give each cell its own range of ids",
         ),
