@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -272,12 +273,15 @@ def _work(latest: ProgressRow | None) -> tuple[str, str, str, str, str]:
 
 
 def _progress_table(context: Context, traffic: Traffic) -> Table:
-    table = Table("organization", "state", "phase")
-    table.add_column("done", justify="right", min_width=22)
-    table.add_column("rate", justify="right", min_width=8)
-    table.add_column("lag", min_width=20)
-    table.add_column("time left", justify="right")
-    table.add_column("writes/s", justify="right")
+    # one line for each organization, also where the terminal is narrow
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("organization", "state", "phase"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("done", justify="right", no_wrap=True)
+    table.add_column("rate", justify="right", no_wrap=True)
+    table.add_column("lag", no_wrap=True, max_width=28)
+    table.add_column("time left", justify="right", no_wrap=True)
+    table.add_column("writes/s", justify="right", no_wrap=True)
     rates: Mapping[str, float] = traffic.rates()
     for migration in _by_name(context):
         table.add_row(
