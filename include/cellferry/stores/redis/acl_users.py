@@ -27,7 +27,6 @@ _CONNECTION = (
     "+select",
     "+client|setname",
     "+client|tracking",
-    "+client|no-touch",
 )
 _READ = (
     "+dump",
@@ -45,7 +44,8 @@ _READ = (
     "+xrange",
     "+xinfo|stream",
 )
-_READ_FIELD_EXPIRY = "+hpexpiretime"
+_WHERE_KNOWN = ("client|no-touch", "hpexpiretime")
+"""Younger commands, which older engines refuse to have in a rule."""
 _WRITE = ("+restore", "+unlink", "+set", "+watch", "+unwatch", "+multi", "+exec")
 
 
@@ -154,11 +154,17 @@ def attempt_of(name: str) -> tuple[int, int] | None:
     return int(parts[0]), int(parts[1])
 
 
+def younger_commands(admin: Wire) -> tuple[str, ...]:
+    """Those of the younger commands that this server has."""
+    replies = admin.call("COMMAND", "INFO", *_WHERE_KNOWN)
+    return tuple(name for name, reply in zip(_WHERE_KNOWN, replies, strict=True) if reply)
+
+
 def mover_rules(
-    prefix: KeyPrefix, password: str, *, writer: bool, field_expiry: bool
+    prefix: KeyPrefix, password: str, *, writer: bool, younger: Iterable[str]
 ) -> tuple[Argument, ...]:
     """Arguments of ACL SETUSER for a user that reads, or writes, one organization's keys only."""
-    commands = [*_CONNECTION, *_READ, *([_READ_FIELD_EXPIRY] if field_expiry else [])]
+    commands = [*_CONNECTION, *_READ, *(f"+{name}" for name in younger)]
     gate = prefix.marker_pattern("gate")
     if writer:
         patterns = [f"~{prefix.pattern}", f"~{prefix.marker_pattern('checkpoint')}"]

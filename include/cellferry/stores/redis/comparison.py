@@ -79,7 +79,7 @@ class Pair:
         self._progress = progress
         self._reported = 0.0
         self.streams: dict[bytes, bytes] = {}
-        """Streams whose copy is known to be equal, with the digest of what was copied."""
+        """Every stream, with the digest of what was copied; empty where that must be done again."""
 
     # --- reading -----------------------------------------------------------------------------
 
@@ -220,12 +220,18 @@ class Pair:
         total.keys += len(keys)
         total.size += size
         for (key, ours), theirs in zip(wanted.items(), there, strict=True):
-            self.streams.pop(key, None)
-            equal = self.same(ours, theirs) or self.has_expired(ours, theirs)
-            if not equal and not self.same_logically(key):
+            equal = (
+                self.same(ours, theirs)
+                or self.has_expired(ours, theirs)
+                or self.same_logically(key)
+            )
+            if not equal:
                 total.unequal.append(key)
-            elif ours is not None and ours.is_stream:
-                self.streams[key] = ours.digest()
+            if ours is None or not ours.is_stream:
+                self.streams.pop(key, None)
+            else:
+                # also one that changed meanwhile: the last delta must not forget any stream
+                self.streams[key] = ours.digest() if equal else b""
 
     def _report(self, phase: str, total: Applied, *, final: bool = False) -> None:
         now = time.monotonic()

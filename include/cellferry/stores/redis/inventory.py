@@ -87,6 +87,12 @@ class Engine:
         return other.version[0] < 9 and self.version[:2] >= (7, 2)
 
 
+def can_go_back(source: Wire, destination: Wire) -> bool:
+    """Whether the source understands what the destination writes."""
+    older, newer = Engine.of(server_facts(source)), Engine.of(server_facts(destination))
+    return older.can_read(newer)
+
+
 def cell_blockers(admin: Wire) -> Iterator[Blocker]:
     """What keeps one server from being part of any move. Read-only."""
     where = admin.address.where
@@ -232,6 +238,15 @@ def pair_blockers(source: Gate, destination: Gate, size: int) -> Iterator[Blocke
             where,
             f"{new} does not understand what {old} writes",
             f"upgrade the destination to {old} or newer",
+        )
+    elif not old.can_read(new):
+        yield Blocker(
+            "no-way-back",
+            source.where,
+            f"{old} does not understand what {new} writes: after the cutover the source cannot "
+            "follow, and the organization cannot move back",
+            "upgrade the source first, or accept it",
+            fatal=False,
         )
     yield from _memory_blockers(there, size, where)
     skew = server_time_ms(destination.admin) - server_time_ms(source.admin)

@@ -46,7 +46,6 @@ from cellferry.stores.redis.comparison import Applied, Pair, scan, settle
 from cellferry.stores.redis.copier import Copier
 from cellferry.stores.redis.gate import Gate, Marker
 from cellferry.stores.redis.key_prefix import MARKERS, KeyPrefix, application_user
-from cellferry.stores.redis.payloads import has_command
 from cellferry.stores.redis.tracking import Feed
 from cellferry.stores.redis.verifier import Verifier
 from cellferry.stores.redis.wire import Address, Command, Wire
@@ -486,7 +485,11 @@ class RedisMove(base.StoreMove):
 
     @_verb
     def reverse_sync(self) -> Round:
-        """Bring the gated source up to date with the destination, by a complete comparison."""
+        """Bring the gated source up to date with the destination, by a complete comparison.
+
+        A source whose engine is older cannot read what the destination writes; it stays as it
+        is, which plan has warned of.
+        """
         started = time.monotonic()
         gate = self._gate(Side.SOURCE)
         if not gate.deletable(gate.read()):
@@ -496,6 +499,10 @@ class RedisMove(base.StoreMove):
                 organization=self.move.organization.id,
                 where=_where(self.move.source),
             )
+        if not inventory.can_go_back(gate.admin, self._gate(Side.DESTINATION).admin):
+            note = "the source's engine is older: it cannot follow the destination"
+            self._progress.report(KIND, "reverse", 0, None, "keys", note)
+            return Round(0, 0, 0, time.monotonic() - started)
         pair = Pair(
             self._wire(Side.DESTINATION, "reverse-read"),
             self._wire(Side.SOURCE, "reverse-compare"),
@@ -838,7 +845,7 @@ class RedisMove(base.StoreMove):
                 self._prefix,
                 password,
                 writer=writes,
-                field_expiry=has_command(gate.admin, "HPEXPIRETIME"),
+                younger=acl_users.younger_commands(gate.admin),
             )
             gate.create_user(name, rules)
             server = Address.parse(cell.stores[KIND].url, _where(cell))
