@@ -239,7 +239,9 @@ def _say_changes(say: Any, context: Context, said: dict[str, tuple[State, float]
         said[slug] = (migration.state, now)
         # just after a change the latest progress is still that of the step before
         work = _work(latest) if migration.state is before else ()
-        doing = "  ".join(part for part in work if part)
+        doing = "  ".join(part for part in work[:-1] if part)
+        if work and work[-1]:
+            doing += f"  {work[-1]} left"
         say(f"{slug:<12}  {migration.state:<12}  {doing}".rstrip())
 
 
@@ -268,20 +270,21 @@ def _work(latest: ProgressRow | None) -> tuple[str, str, str, str, str]:
         f"{latest.done:,}{of} {latest.unit}",
         f"{latest.rate_per_s:,.0f}/s" if busy else "",
         latest.note,
-        f"{latest.eta_s:,.0f} s left" if latest.eta_s else "",
+        f"{latest.eta_s:,.0f} s" if latest.eta_s else "",
     )
 
 
 def _progress_table(context: Context, traffic: Traffic) -> Table:
     # one line for each organization, also where the terminal is narrow
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("organization", "state", "phase"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("done", justify="right", no_wrap=True)
-    table.add_column("rate", justify="right", no_wrap=True)
-    table.add_column("lag", no_wrap=True, max_width=28)
-    table.add_column("time left", justify="right", no_wrap=True)
-    table.add_column("writes/s", justify="right", no_wrap=True)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0), collapse_padding=True)
+    table.add_column("organization", no_wrap=True, min_width=12)
+    table.add_column("state", no_wrap=True, min_width=12)
+    table.add_column("phase", no_wrap=True, min_width=13)
+    table.add_column("done", justify="right", no_wrap=True, min_width=23)
+    table.add_column("rate", justify="right", no_wrap=True, min_width=8)
+    table.add_column("lag", no_wrap=True)
+    table.add_column("left", justify="right", no_wrap=True, min_width=6)
+    table.add_column("writes/s", justify="right", no_wrap=True, min_width=8)
     rates: Mapping[str, float] = traffic.rates()
     for migration in _by_name(context):
         table.add_row(
