@@ -6,4 +6,7 @@ pytest_plugins = [
     "fixtures.ferry",
     "fixtures.sample",
     "fixtures.cells",
+    "fixtures.topology",
+    "fixtures.severed_network",
+    "fixtures.gated",
 ]
