@@ -296,8 +296,6 @@ def _log_for_all(table: Table, condition: sql.Composable) -> sql.Composed:
 
 def _pass_gate(table: Table, is_parent: bool) -> sql.Composed:
     """At least one of the two owners has a gate: pass it, or refuse to go from one to the other."""
-    # Where nothing hangs below this row, it may come from nobody or go to nobody.
-    refused = "true" if is_parent else "owner_old IS NOT NULL AND owner_new IS NOT NULL"
     return sql.SQL(
         """{keys}
     IF owner_old OPERATOR(pg_catalog.=) owner_new THEN
@@ -311,8 +309,30 @@ def _pass_gate(table: Table, is_parent: bool) -> sql.Composed:
     ).format(
         keys=_keys(table),
         relation=sql.Literal(str(table.name)),
-        refused=sql.SQL(refused),
+        refused=_is_refused(table, is_parent),
         leave=_RETURN,
+    )
+
+
+def _is_refused(table: Table, is_parent: bool) -> sql.Composable:
+    """A condition over two owners that differ: rows below this one would change hands unseen."""
+    both_known = sql.SQL("owner_old IS NOT NULL AND owner_new IS NOT NULL")
+    if not is_parent:
+        return both_known  # nothing is below: it may come from nobody, or go to nobody
+    if table.has_direct_owner:
+        return sql.SQL("true")
+    # A parent whose key changes is gone under its old key when ON UPDATE CASCADE comes here; the
+    # rows below stay with their organization.
+    return sql.SQL("NOT (owner_old IS NULL AND owner_new IS NOT NULL AND ({}))").format(
+        sql.SQL(" OR ").join(
+            sql.SQL("({})").format(
+                sql.SQL(" AND ").join(
+                    sql.SQL("OLD.{} IS NOT NULL").format(sql.Identifier(name))
+                    for name in (path.hops[0].columns if path.hops else (path.column,))
+                )
+            )
+            for path in table.owners
+        )
     )
 
 

@@ -1,0 +1,602 @@
+"""The gate in one cell: what it logs, whom it refuses, whom it never bothers."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from cellferry.errors import AuthorityViolation, DrainTimeout, LeaseLost, WrongState
+from cellferry.model import GateState, Move
+from cellferry.stores.postgres import gate
+from fixtures.gated import GATED_SCHEMA, ODD, GatedCell, eventually, make_gated_cell
+from fixtures.postgres import MakeServer, postgres_versions
+
+MOVED, BEING_MOVED, OTHER_OWNER, NO_TRUNCATE = "CF001", "CF002", "CF003", "CF004"
+ISSUES = {("public.issues", (key,)) for key in ("11", "12", "13")}
+
+
+@pytest.fixture
+def armed(gated: GatedCell) -> GatedCell:
+    gated.arm()
+    return gated
+
+
+def refusal(cell: GatedCell, *statements: str) -> psycopg.Error:
+    """The error that the application gets."""
+    with pytest.raises(psycopg.Error) as caught:
+        cell.run(*statements)
+    return caught.value
+
+
+# ── what is logged ──────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("statement", "keys"),
+    [
+        ("UPDATE projects SET name = 'x'", {("public.projects", ("1",))}),
+        ("UPDATE issues SET title = 'x' WHERE id < 20", ISSUES),
+        ("DELETE FROM notes WHERE id = 110", {("public.notes", ("110",))}),
+        ("INSERT INTO drafts VALUES (5, 1)", {("public.drafts", ("5",))}),
+        ("UPDATE drafts SET id = id", set()),
+        ("INSERT INTO events VALUES (1, 1500)", {("public.events", ("1", "1500"))}),
+        ("INSERT INTO events_low VALUES (1, 77)", {("public.events", ("1", "77"))}),
+        (
+            "UPDATE events SET id = 1001 WHERE organization_id = 1",  # to another partition
+            {("public.events", ("1", "1")), ("public.events", ("1", "1001"))},
+        ),
+        (
+            "UPDATE tags SET name = 'New' WHERE organization_id = 1",  # the key is generated
+            {("public.tags", ("1", "tag")), ("public.tags", ("1", "new"))},
+        ),
+        (
+            f"INSERT INTO {ODD} VALUES ('''\"{{}}%s', 1, 2)",
+            {("Odd Schema.it's; DROP TABLE users; -- {}%s", ("'\"{}%s",))},
+        ),
+        ("UPDATE users SET name = 'x' WHERE id = 2", {("public.users", ("2",))}),
+        ("UPDATE projects SET name = 'x' WHERE id = 2", set()),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_the_keys_of_changed_rows_are_logged(
+    armed: GatedCell, statement: str, keys: set[tuple[str, tuple[str, ...]]]
+) -> None:
+    armed.run(statement)
+
+    assert armed.logged() == keys
+
+
+def test_a_changed_key_is_logged_before_and_after(armed: GatedCell) -> None:
+    armed.run("UPDATE projects SET id = 100 WHERE id = 1")
+
+    assert {("public.projects", ("1",)), ("public.projects", ("100",))} <= armed.logged()
+    assert armed.logged() >= ISSUES, "the foreign key took the children along"
+
+
+def test_what_a_savepoint_took_back_leaves_no_key(armed: GatedCell) -> None:
+    armed.run(
+        "SAVEPOINT a", "UPDATE projects SET name = 'x' WHERE id = 1", "ROLLBACK TO a",
+        "UPDATE issues SET title = 'y' WHERE id = 11",
+    )  # fmt: skip
+
+    assert armed.logged() == {("public.issues", ("11",))}
+
+
+def test_a_cascade_is_logged_although_the_parent_is_gone(armed: GatedCell) -> None:
+    armed.run("DELETE FROM projects WHERE id = 1")
+
+    assert {("public.issues", (str(key),)) for key in (11, 12, 13)} <= armed.logged()
+    assert {("public.notes", (str(key),)) for key in (110, 120, 130)} <= armed.logged()
+
+
+def test_a_row_of_unknown_owner_is_logged_for_every_armed_organization(armed: GatedCell) -> None:
+    armed.arm(2)
+
+    armed.run("DELETE FROM projects WHERE id = 3")
+
+    assert {("public.issues", ("31",)), ("public.notes", ("310",))} <= armed.logged(1)
+    assert {("public.issues", ("31",)), ("public.notes", ("310",))} <= armed.logged(2)
+
+
+def test_children_that_come_before_their_parents_are_logged(armed: GatedCell) -> None:
+    armed.run(
+        "SET CONSTRAINTS ALL DEFERRED",
+        "INSERT INTO issues VALUES (99, 50)",
+        "INSERT INTO projects VALUES (50, 1)",
+    )
+
+    assert ("public.issues", ("99",)) in armed.logged()
+
+
+def test_parents_of_the_same_statement_are_seen(armed: GatedCell) -> None:
+    armed.run(
+        "WITH p AS (INSERT INTO projects VALUES (60, 1) RETURNING id)"
+        " INSERT INTO issues SELECT 600, id FROM p"
+    )
+
+    assert ("public.issues", ("600",)) in armed.logged()
+
+
+def test_a_key_reads_the_same_whatever_the_session_is_set_to(armed: GatedCell) -> None:
+    armed.run(
+        "SET LOCAL TimeZone = 'Asia/Kolkata'", "SET LOCAL DateStyle = 'SQL, DMY'",
+        "INSERT INTO meetings VALUES (1, '2026-03-01 12:00:00.5+00')",
+    )  # fmt: skip
+
+    assert armed.logged() == {("public.meetings", ("1", "2026-03-01T12:00:00.5+00:00"))}
+
+
+def test_an_unarmed_organization_logs_nothing(gated: GatedCell) -> None:
+    gated.run("UPDATE projects SET name = 'x'")
+
+    assert gated.logged() == set()
+
+
+# ── rows that would change hands ────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE projects SET organization_id = 2 WHERE id = 1",
+        "UPDATE projects SET organization_id = 1 WHERE id = 2",
+        "UPDATE issues SET project_id = 2 WHERE id = 11",
+        "UPDATE issues SET project_id = 1 WHERE id = 21",
+        "UPDATE notes SET issue_id = 21 WHERE id = 110",
+    ],
+)
+def test_a_row_does_not_change_hands_while_one_of_them_moves(
+    armed: GatedCell, statement: str
+) -> None:
+    assert refusal(armed, statement).sqlstate == OTHER_OWNER
+
+
+def test_rows_change_hands_freely_between_organizations_that_stay(armed: GatedCell) -> None:
+    armed.run("UPDATE projects SET organization_id = 3 WHERE id = 2")
+
+
+def test_a_row_on_which_nothing_hangs_may_come_from_nobody(armed: GatedCell) -> None:
+    armed.run("INSERT INTO drafts VALUES (1, NULL)")
+    assert armed.logged() == set()
+
+    armed.run("UPDATE drafts SET organization_id = 1")
+
+    assert armed.logged() == {("public.drafts", ("1",))}
+
+
+@pytest.mark.parametrize("table", ["projects CASCADE", "events", "events_high", "users CASCADE"])
+def test_nothing_is_truncated_while_an_organization_moves(armed: GatedCell, table: str) -> None:
+    assert refusal(armed, f"TRUNCATE {table}").sqlstate == NO_TRUNCATE
+
+
+# ── frozen, moved, importing ────────────────────────────────────────────────────────────────────
+
+
+@postgres_versions
+@pytest.mark.parametrize(
+    ("level", "answers"),
+    [
+        ("READ COMMITTED", [MOVED]),
+        ("REPEATABLE READ", ["40001", MOVED]),
+        ("SERIALIZABLE", ["40001", MOVED]),
+    ],
+)
+def test_a_writer_that_waits_through_a_freeze_learns_the_new_cell(
+    gated_on_each_version: GatedCell, level: str, answers: list[str]
+) -> None:
+    cell = gated_on_each_version
+    move = cell.arm()
+    errors: list[psycopg.Error] = []
+
+    def write() -> None:
+        with cell.connect(autocommit=False) as writer:
+            for _ in answers:
+                try:
+                    writer.execute(f"SET TRANSACTION ISOLATION LEVEL {level}".encode())
+                    writer.execute("UPDATE issues SET title = 'late' WHERE id = 11")
+                except psycopg.Error as error:
+                    errors.append(error)
+                writer.rollback()
+
+    thread = threading.Thread(target=write)
+    with cell.frozen(move):
+        thread.start()
+        eventually(lambda: waiting(cell) == 1)
+        gate.hand_over_source(cell.mover(), move)
+    thread.join(10)
+
+    assert [error.sqlstate for error in errors] == answers
+    assert json.loads(errors[-1].diag.message_detail or "") == {
+        "organization": "1", "cell": "cell-2", "epoch": 2,
+    }  # fmt: skip
+    assert cell.run("SELECT title FROM issues WHERE id = 11") == [("issue",)]
+
+
+def waiting(cell: GatedCell) -> int:
+    ((count,),) = (
+        cell.admin()
+        .execute(
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+            " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+        )
+        .fetchall()
+    )
+    return int(count)
+
+
+def test_a_writer_does_not_wait_for_ever(armed: GatedCell) -> None:
+    with armed.frozen(armed.move()):
+        started = time.monotonic()
+
+        error = refusal(armed, "UPDATE projects SET name = 'x' WHERE id = 1")
+
+    assert error.sqlstate == BEING_MOVED
+    assert time.monotonic() - started < 5
+
+
+def test_a_frozen_gate_whose_controller_died_refuses_at_once(armed: GatedCell) -> None:
+    with armed.frozen(armed.move()):
+        pass
+    started = time.monotonic()
+
+    error = refusal(armed, "INSERT INTO notes VALUES (1, 11)")
+
+    assert error.sqlstate == BEING_MOVED
+    assert time.monotonic() - started < 1
+
+
+def test_a_thawed_gate_serves_and_logs_again(armed: GatedCell) -> None:
+    with armed.frozen(armed.move()) as barrier:
+        barrier.thaw()
+
+    armed.run("UPDATE projects SET name = 'x' WHERE id = 1")
+
+    assert armed.logged() == {("public.projects", ("1",))}
+
+
+def test_a_destination_refuses_everybody_until_it_has_authority(gated: GatedCell) -> None:
+    move, mover = gated.move(), gated.mover()
+    gate.take_lease(mover, move)
+    gate.import_gate(mover, move)
+    statement = "UPDATE projects SET name = 'x' WHERE id = 1"
+    assert refusal(gated, statement).sqlstate == BEING_MOVED
+
+    gate.arm_reverse(mover, move)
+    gate.hand_over_destination(mover, move)
+    gated.run(statement)
+
+    assert gated.logged() == {("public.projects", ("1",))}, "captured from the first write on"
+
+
+def test_a_destination_does_not_open_without_the_way_back(gated: GatedCell) -> None:
+    move, mover = gated.move(), gated.mover()
+    gate.take_lease(mover, move)
+    gate.import_gate(mover, move)
+
+    with pytest.raises(WrongState):
+        gate.hand_over_destination(mover, move)
+
+
+def test_frozen_survives_a_crash_of_the_server(own_postgres: MakeServer) -> None:
+    server = own_postgres()
+    cell = make_gated_cell(server.url(), server.url("cellferry_mover", "mover"))
+    move = cell.arm()
+    barrier = gate.Barrier(cell.cell.stores["postgres"].url, move)
+    barrier.freeze(5.0)
+
+    server.kill()
+    server.start()
+
+    cell.url = server.url()  # its port may have changed
+    assert refusal(cell, "UPDATE projects SET name = 'x' WHERE id = 1").sqlstate == BEING_MOVED
+    barrier.release()
+    cell.close()
+
+
+def test_every_change_of_the_gate_may_be_repeated(gated: GatedCell) -> None:
+    move = gated.arm()
+    mover = gated.mover()
+    gate.arm(mover, move)
+    with gated.frozen(move) as barrier:
+        barrier.freeze(1.0)
+        gate.hand_over_source(mover, move)
+        gate.hand_over_source(mover, move)
+    found = gate.state(mover, "1")
+    assert found is not None
+    assert (found.state, found.epoch, found.moved_to) == (GateState.MOVED, 2, "cell-2")
+    gate.remove(mover, move)
+    gate.remove(mover, move)
+    assert gate.state(mover, "1") is None
+
+
+def test_what_was_handed_over_is_not_thawed(armed: GatedCell) -> None:
+    mover, move = armed.mover(), armed.move()
+    with armed.frozen(move):
+        gate.hand_over_source(mover, move)
+
+    with pytest.raises(WrongState):
+        gate.thaw(mover, move)
+
+
+def test_a_frozen_gate_is_not_removed(armed: GatedCell) -> None:
+    with armed.frozen(armed.move()):
+        pass
+
+    with pytest.raises(WrongState):
+        gate.remove(armed.mover(), armed.move())
+
+
+def test_a_cell_without_authority_is_not_a_source(armed: GatedCell) -> None:
+    with armed.frozen(armed.move()):
+        gate.hand_over_source(armed.mover(), armed.move())
+    later = armed.move()
+    other = Move(
+        migration=9, organization=later.organization, source=later.source,
+        destination=later.destination, epoch=1, attempt=1,
+    )  # fmt: skip
+    gate.take_lease(armed.mover(), other)
+
+    with pytest.raises(AuthorityViolation, match="cell-2"):
+        gate.arm(armed.mover(), other)
+
+
+# ── drain ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_transaction_that_does_not_end_makes_the_cutover_give_up(armed: GatedCell) -> None:
+    longest = [0.0]
+    stop = threading.Event()
+
+    def neighbour() -> None:
+        with armed.connect() as writer:
+            while not stop.is_set():
+                started = time.monotonic()
+                writer.execute("UPDATE projects SET name = name || 'x' WHERE id = 2")
+                writer.execute("UPDATE issues SET title = 'x' WHERE id = 21")
+                longest[0] = max(longest[0], time.monotonic() - started)
+
+    thread = threading.Thread(target=neighbour)
+    thread.start()
+    holder = armed.connect(autocommit=False)
+    holder.execute("UPDATE projects SET name = 'held' WHERE id = 1")
+    barrier = gate.Barrier(armed.cell.stores["postgres"].url, armed.move())
+    with pytest.raises(DrainTimeout, match=f"pid {holder.info.backend_pid} \\(the application"):
+        barrier.freeze(1.5)
+    barrier.release()
+    stop.set()
+    thread.join()
+
+    found = gate.state(armed.mover(), "1")
+    assert found is not None
+    assert found.state is GateState.OPEN
+    armed.run("UPDATE issues SET title = 'served' WHERE id = 11")
+    holder.execute("UPDATE issues SET title = 'served, too' WHERE id = 12")
+    holder.commit()
+    assert longest[0] < 0.5, "another organization waited for the drain"
+
+
+def test_writers_that_come_during_a_drain_go_on_when_it_gives_up(armed: GatedCell) -> None:
+    holder = armed.connect(autocommit=False)
+    holder.execute("UPDATE projects SET name = 'held' WHERE id = 1")
+    waits: list[float] = []
+    stop = threading.Event()
+
+    def write() -> None:
+        with armed.connect() as writer:
+            while not stop.is_set():
+                started = time.monotonic()
+                writer.execute("UPDATE issues SET title = 'x' WHERE id = 11")
+                waits.append(time.monotonic() - started)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    barrier = gate.Barrier(armed.cell.stores["postgres"].url, armed.move())
+    with pytest.raises(DrainTimeout):
+        barrier.freeze(1.0)
+    barrier.release()
+    stop.set()
+    thread.join()
+    holder.commit()
+
+    assert len(waits) > 10
+    assert max(waits) < 1.5
+
+
+# ── arming ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_arming_does_not_wait_for_a_transaction_that_will_see_the_gate(gated: GatedCell) -> None:
+    idle = gated.connect(autocommit=False)
+    idle.execute("SELECT count(*) FROM projects")  # no snapshot is kept in READ COMMITTED
+
+    gated.arm(arm_deadline_s=1.0)
+    idle.execute("UPDATE projects SET name = 'x' WHERE id = 1")
+    idle.commit()
+
+    assert gated.logged() == {("public.projects", ("1",))}
+
+
+def test_arming_waits_for_a_snapshot_that_does_not_show_the_gate(gated: GatedCell) -> None:
+    older = gated.connect(autocommit=False)
+    older.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+    older.execute("SELECT count(*) FROM projects")
+
+    with pytest.raises(DrainTimeout):
+        gated.arm(arm_deadline_s=0.5)
+    older.rollback()
+    gated.arm(arm_deadline_s=5.0)
+
+
+def test_a_stopped_step_does_not_go_on_waiting(gated: GatedCell) -> None:
+    older = gated.connect(autocommit=False)
+    older.execute("UPDATE projects SET name = 'x' WHERE id = 1")
+
+    class Stop(Exception): ...
+
+    class Stopping:
+        def report(self, *_: Any, **__: Any) -> None: ...
+
+        def check(self) -> None:
+            raise Stop
+
+    mover, move = gated.mover(), gated.move()
+    gate.take_lease(mover, move)
+    with pytest.raises(Stop):
+        gate.arm(mover, move, Stopping())
+
+
+@pytest.fixture
+def two_phase(own_postgres: MakeServer) -> Iterator[GatedCell]:
+    server = own_postgres(settings={"max_prepared_transactions": "5", "fsync": "off"})
+    cell = make_gated_cell(server.url(), server.url("cellferry_mover", "mover"))
+    yield cell
+    cell.close()
+
+
+def test_arming_waits_for_prepared_transactions(two_phase: GatedCell) -> None:
+    older = two_phase.connect()
+    older.execute("BEGIN")
+    older.execute("UPDATE projects SET name = 'x' WHERE id = 1")
+    older.execute("PREPARE TRANSACTION 'in doubt'")
+
+    with pytest.raises(DrainTimeout, match="prepared transaction 'in doubt'"):
+        two_phase.arm(arm_deadline_s=0.3)
+
+
+# ── the lease ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_takeover_ends_what_the_older_attempt_has_in_flight(gated: GatedCell) -> None:
+    old, new = gated.move(), gated.move(attempt=2)
+    zombie = gated.mover("copy", old)
+    gate.take_lease(zombie, old)
+    zombie.execute("BEGIN")
+    gate.hold_lease(zombie, old)
+    zombie.execute("SET session_replication_role = replica")
+    zombie.execute("DELETE FROM public.notes WHERE id = 110")
+
+    gate.take_lease(gated.mover("copy", new), new)
+
+    with pytest.raises(psycopg.OperationalError):
+        zombie.execute("COMMIT")
+    assert gated.run("SELECT count(*) FROM notes WHERE id = 110") == [(1,)]
+
+
+def test_an_older_attempt_cannot_change_gate_or_lease(armed: GatedCell) -> None:
+    old, new = armed.move(), armed.move(attempt=2)
+    mover = armed.mover()
+    gate.take_lease(mover, new)
+
+    for change in (gate.take_lease, gate.arm, gate.arm_reverse, gate.hand_over_source):
+        with pytest.raises(LeaseLost):
+            change(mover, old)
+    with mover.transaction(), pytest.raises(LeaseLost):
+        gate.hold_lease(mover, old)
+    barrier = gate.Barrier(armed.cell.stores["postgres"].url, old)
+    with pytest.raises(LeaseLost):
+        barrier.freeze(1.0)
+
+
+def test_another_migrations_sessions_are_left_alone(gated: GatedCell) -> None:
+    theirs = gated.mover("copy", gated.move(2))
+
+    gate.take_lease(gated.mover(), gated.move(1, attempt=9))
+
+    theirs.execute("SELECT 1")
+
+
+# ── bystanders ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_very_many_gates_do_not_slow_other_organizations(gated: GatedCell) -> None:
+    writer = gated.connect()
+    cpu = Path(f"/proc/{writer.info.backend_pid}/schedstat")
+
+    def cost() -> float:
+        blocks = []
+        for _ in range(7):
+            before = int(cpu.read_text().split()[0])
+            for number in range(200):
+                writer.execute(
+                    "UPDATE projects SET name = %s WHERE id = 2", (str(number),), prepare=True
+                )
+            blocks.append(int(cpu.read_text().split()[0]) - before)
+        return statistics.median(blocks)
+
+    gated.arm()
+    cost()
+    alone = cost()
+    admin = gated.admin()
+    admin.execute(
+        "INSERT INTO cellferry.gate (organization, state, armed, migration, attempt, epoch)"
+        " SELECT 'other ' || n, 'moved', false, 100 + n, 1, 2 FROM generate_series(1, 2000) n"
+    )
+    admin.execute("VACUUM ANALYZE cellferry.gate")
+    admin.execute("VACUUM projects")
+
+    assert cost() < 1.5 * alone
+
+
+def test_an_application_cannot_touch_what_gates_it(armed: GatedCell) -> None:
+    for statement in (
+        "UPDATE cellferry.gate SET state = 'open'",
+        "DELETE FROM cellferry.key_log",
+        "SELECT * FROM cellferry.key_log",
+        "SELECT cellferry.enter('1', 'public.projects', NULL, ARRAY['1'])",
+        "SELECT * FROM cellferry.open_transactions()",
+    ):
+        assert refusal(armed, statement).sqlstate == "42501"
+
+
+def test_operators_of_the_caller_do_not_act_for_the_gate(armed: GatedCell) -> None:
+    """The gate runs with its owner's rights: the caller's search path must not matter to it."""
+    admin = armed.admin()
+    admin.execute(
+        "CREATE SCHEMA trap;"
+        "CREATE FUNCTION trap.lie(text, text) RETURNS boolean LANGUAGE sql AS 'SELECT false';"
+        "CREATE FUNCTION trap.lie(bigint, bigint) RETURNS boolean LANGUAGE sql AS 'SELECT false';"
+        "CREATE OPERATOR trap.= (FUNCTION = trap.lie, LEFTARG = text, RIGHTARG = text);"
+        "CREATE OPERATOR trap.= (FUNCTION = trap.lie, LEFTARG = bigint, RIGHTARG = bigint);"
+        "GRANT USAGE ON SCHEMA trap TO PUBLIC"
+    )
+    armed.run(
+        "SET LOCAL search_path = trap, pg_catalog, public",
+        "UPDATE projects SET name = 'x'",
+        "UPDATE issues SET title = 'x'",
+    )
+
+    assert ("public.projects", ("1",)) in armed.logged()
+    assert ("public.issues", ("11",)) in armed.logged()
+
+
+def test_rows_that_the_application_may_not_see_are_gated(fresh_database: str) -> None:
+    """Row-level security hides the parent from the application, not from the gate."""
+    parameters = psycopg.conninfo.conninfo_to_dict(fresh_database)
+    parameters.update(user="cellferry_mover", password="mover")
+    cell = make_gated_cell(
+        fresh_database,
+        psycopg.conninfo.make_conninfo("", **parameters),
+        GATED_SCHEMA + "ALTER TABLE projects ENABLE ROW LEVEL SECURITY;",
+    )
+    cell.arm()
+
+    cell.run("UPDATE issues SET title = 'x' WHERE id IN (11, 21)")
+
+    assert cell.logged() == {("public.issues", ("11",))}
+    with cell.frozen(cell.move()):
+        pass
+    error = refusal(cell, "UPDATE issues SET title = 'x' WHERE id = 11")
+    assert error.sqlstate == BEING_MOVED
+    cell.close()
+    with psycopg.connect(fresh_database, autocommit=True) as admin:
+        admin.execute(f"DROP OWNED BY {cell.application}".encode())
+        admin.execute(f"DROP ROLE {cell.application}".encode())
+        admin.execute("ALTER ROLE cellferry_mover NOBYPASSRLS")
