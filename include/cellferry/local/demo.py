@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -276,13 +275,13 @@ def _work(latest: ProgressRow | None) -> tuple[str, str, str, str, str]:
 
 def _progress_table(context: Context, traffic: Traffic) -> Table:
     # one line for each organization, also where the terminal is narrow
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0), collapse_padding=True)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), expand=True)
     table.add_column("organization", no_wrap=True, min_width=12)
     table.add_column("state", no_wrap=True, min_width=12)
     table.add_column("phase", no_wrap=True, min_width=13)
     table.add_column("done", justify="right", no_wrap=True, min_width=23)
     table.add_column("rate", justify="right", no_wrap=True, min_width=8)
-    table.add_column("lag", no_wrap=True)
+    table.add_column("lag", no_wrap=True, ratio=1)
     table.add_column("left", justify="right", no_wrap=True, min_width=6)
     table.add_column("writes/s", justify="right", no_wrap=True, min_width=8)
     rates: Mapping[str, float] = traffic.rates()
