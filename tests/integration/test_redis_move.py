@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import pytest
 import redis
@@ -217,6 +219,26 @@ def test_freeze_first_copies_and_verifies_under_the_gate(pair: ValkeyPair) -> No
         redis_move.hand_over()
     assert finished.compared == len(contents(pair.source, KEYS))
     assert contents(pair.destination, KEYS) == contents(pair.source, KEYS)
+
+
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="no second engine here")
+def test_an_organization_leaves_an_older_engine_under_live_writers(own_valkey: MakeValkey) -> None:
+    older = own_valkey(binary=Path(str(shutil.which("redis-server"))))
+    servers = ValkeyPair(older, own_valkey())
+    for server in (servers.source, servers.destination):
+        provision(server)
+    with admin(servers.source) as client:
+        fill(client, keys=100)
+    with Writers(servers.source) as writers, attempt(servers) as redis_move:
+        assert "no-way-back" in {blocker.code for blocker in redis_move.inventory().blockers}
+        redis_move.open_capture()
+        redis_move.copy()
+        writers.wait_for(200)
+        redis_move.sync()
+        assert redis_move.verify().ok
+        cut_over(redis_move)
+    writers.require_all_at(servers.destination)
+    assert contents(servers.destination, KEYS) == contents(servers.source, KEYS)
 
 
 # --- the feed ----------------------------------------------------------------------------------
