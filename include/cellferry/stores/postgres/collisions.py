@@ -242,7 +242,7 @@ def leftovers(examination: Examination) -> Iterator[Blocker]:
             site.where(),
             f"the copy that migration {migration} left behind is retained here, in"
             f" {listed(tables)}",
-            f"clean up migration {migration} first, or roll it back instead of moving again",
+            f"clean up migration {migration} first: cellferry cleanup, after its TTL",
         )
     elif tables:
         yield Blocker(
