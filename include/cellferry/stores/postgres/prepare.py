@@ -455,7 +455,8 @@ def _grant(connection: Connection, data_map: DataMap, mover: str) -> int:
     made = 0
     with connection.transaction():
         # Schema cellferry goes as a whole; nothing of it needs to be taken back.
-        connection.execute(_OWN_GRANTS.format(role=role))
+        if connection.execute(_HAS_OWN_GRANTS, {"role": mover}).fetchone() != (True,):
+            connection.execute(_OWN_GRANTS.format(role=role))
         for grant in _needed(connection, data_map, mover):
             query = sql.SQL("SELECT {}").format(grant.has)
             if connection.execute(query).fetchone() == (True,):
@@ -481,6 +482,16 @@ _OWN_GRANTS = sql.SQL(
         TO {role};
     """
 )
+
+_HAS_OWN_GRANTS = """
+    SELECT bool_and(has_table_privilege(%(role)s, 'cellferry.' || name, privilege))
+        AND has_table_privilege(%(role)s, 'cellferry.installed', 'SELECT')
+        AND has_sequence_privilege(%(role)s, 'cellferry.lock_number', 'USAGE')
+        AND has_function_privilege(%(role)s, 'cellferry.open_transactions()', 'EXECUTE')
+        AND has_function_privilege(%(role)s, 'cellferry.gate_holders(bigint)', 'EXECUTE')
+    FROM unnest(ARRAY['gate', 'key_log', 'lease', 'checkpoint', 'imported_row']) AS name,
+        unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege
+"""
 
 _TABLE_PRIVILEGES: Mapping[Placement, tuple[LiteralString, ...]] = {
     Placement.OWNED: ("SELECT", "INSERT", "DELETE"),
