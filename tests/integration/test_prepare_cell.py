@@ -236,7 +236,7 @@ def test_a_new_partition_is_gated_from_its_first_row(unprepared: Unprepared) -> 
         "ALTER TABLE events_low DISABLE TRIGGER zz_cellferry_gate",
         "ALTER TABLE users DISABLE TRIGGER ALL",
         "DROP TRIGGER zz_cellferry_truncate ON users",
-        "CREATE TABLE comments (id bigint PRIMARY KEY, organization_id bigint NOT NULL)",
+        "CREATE TABLE extra (id int PRIMARY KEY, organization_id bigint REFERENCES organizations)",
         "ALTER TABLE notes DROP CONSTRAINT notes_pkey, ADD PRIMARY KEY (id, issue_id)",
     ],
 )
