@@ -152,6 +152,8 @@ def cost(server: PostgresServer) -> None:
             add(f"armed, {lock}", MOVING)
         add("unarmed, with a SET clause", NEIGHBOUR)
         add("unarmed, caller's rights", NEIGHBOUR)
+        add("unarmed, a trigger that does nothing", NEIGHBOUR)
+        add("unarmed, WHEN a sequence says so", NEIGHBOUR)
     found = bench.prepare()
     ours = {one.table.name: one for one in triggers.installations(found)}
     with bench.session() as connection:
@@ -170,6 +172,22 @@ def cost(server: PostgresServer) -> None:
             text = ours[variants[variant]].function_sql
             assert old in text
             connection.execute(text.replace(old, new, 1).encode())
+        for variant, condition in {
+            "unarmed, a trigger that does nothing": "NEW.id < 0",
+            # read outside of any snapshot, without a query: false when the cell has no gate at all
+            "unarmed, WHEN a sequence says so": (
+                "pg_sequence_last_value('spike.gates'::regclass) > 1"
+            ),
+        }.items():
+            one = ours[variants[variant]]
+            connection.execute(
+                f"""
+                CREATE SEQUENCE IF NOT EXISTS spike.gates; SELECT setval('spike.gates', 1);
+                DROP TRIGGER {one.trigger} ON {one.table};
+                CREATE TRIGGER {one.trigger} BEFORE INSERT OR UPDATE ON {one.table}
+                FOR EACH ROW WHEN ({condition}) EXECUTE FUNCTION cellferry.{one.function}()
+                """.encode()
+            )
         connection.execute("VACUUM ANALYZE")
     bench.arm()
     for others, title in (

@@ -231,9 +231,10 @@ def _is_lost(connection: psycopg.Connection[Row], error: psycopg.Error) -> bool:
 
 
 def _reason(error: psycopg.Error) -> str:
-    # libpq's own messages never hold the password; the first line is what a person needs.
+    # libpq's own messages never hold the password. Its indented lines only explain, and when it
+    # tried several addresses the last says what counts.
     text = error.diag.message_primary or str(error)
-    lines = [line for line in text.strip().splitlines() if "Is the server running" not in line]
+    lines = [line for line in text.strip().splitlines() if not line.startswith(("\t", " "))]
     return lines[-1 if error.sqlstate is None else 0].strip() if lines else type(error).__name__
 
 

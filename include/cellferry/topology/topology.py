@@ -12,7 +12,7 @@ from cellferry.topology import schema
 from cellferry.topology.connection import Database
 from cellferry.topology.directory import Directory
 from cellferry.topology.migrations import Migrations
-from cellferry.topology.progress import ProgressBoard, ProgressSink
+from cellferry.topology.progress import CHECK_GRACE_S, ProgressBoard, ProgressSink
 from cellferry.topology.registry import Registry
 
 
@@ -67,15 +67,21 @@ class Topology(Directory, Migrations, Registry, ProgressBoard):
 
         return self._database.run(work)
 
-    def progress_sink(self, migration_id: int, attempt: int | None = None) -> ProgressSink:
+    def progress_sink(
+        self, migration_id: int, attempt: int | None = None, *, grace_s: float = CHECK_GRACE_S
+    ) -> ProgressSink:
         """Return where the steps of an attempt report; its `check` stops a lost or paused one.
 
         Args:
             migration_id: the migration.
             attempt: the lease to check; None checks nothing.
+            grace_s: how long the topology may be silent before `check` raises, seconds.
         """
         if attempt is None:
             return ProgressSink(self._database, migration_id)
         return ProgressSink(
-            self._database, migration_id, lambda: self.check_lease(migration_id, attempt)
+            self._database,
+            migration_id,
+            lambda: self.check_lease(migration_id, attempt),
+            grace_s=grace_s,
         )
