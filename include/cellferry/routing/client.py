@@ -210,11 +210,14 @@ class RouteClient:
                     if answer is error:
                         raise
                     raise answer from error
+            wakes = isinstance(answer, Moved | BeingMoved)
             if isinstance(answer, Moved):
                 newest = self.learn(organization, answer.cell, answer.epoch)
-                if newest.epoch > route.epoch and attempt.may_hop():
-                    continue
-            self._pause(attempt, route, wakes=isinstance(answer, Moved | BeingMoved))
+                if newest.epoch > route.epoch:
+                    if attempt.may_hop():
+                        continue
+                    wakes = False  # the news is known already
+            self._pause(attempt, route, wakes=wakes)
 
     @staticmethod
     def _may_run_again(
