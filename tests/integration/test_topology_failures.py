@@ -167,6 +167,25 @@ def test_a_transition_whose_commit_was_lost_settles_and_happens_once(
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
+def test_a_record_in_the_same_state_whose_commit_was_lost_is_written_once(
+    bench: Bench, severed_network: Sever, when: str
+) -> None:
+    migration = bench.planned()
+    network = severed_network(bench.url)
+    with Topology(network.url) as topology:
+        attempt = topology.take_lease(migration.id, "test", ACTOR)
+        (network.cut_before if when == "before" else network.cut_after)(COMMIT)
+
+        topology.transition(
+            migration.id, attempt, "planned", "planned", ACTOR, reason="looked at it"
+        )
+
+    assert network.cuts == 1
+    reasons = [row.reason for row in bench.topology.audit(migration.id)]
+    assert reasons.count("looked at it") == 1
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
 def test_a_migration_whose_commit_was_lost_is_created_once(
     bench: Bench, severed_network: Sever, when: str
 ) -> None:

@@ -13,12 +13,12 @@ from psycopg import errors
 from psycopg.rows import dict_row
 
 from cellferry.errors import (
-    CellferryError,
     Halted,
     InvalidInput,
     LeaseLost,
     OutcomeUnknown,
     Paused,
+    Unreachable,
     WrongState,
 )
 from cellferry.model import (
@@ -554,30 +554,30 @@ class Migrations:
     def _settled(
         self,
         migration_id: int,
-        work: Callable[[psycopg.Connection[Any], uuid.UUID], T],
-    ) -> T:
+        work: Callable[[psycopg.Connection[Any], uuid.UUID], Migration],
+    ) -> Migration:
         """Run `work`; when its commit's outcome is unknown ask for it, and run again if it failed.
 
         The question locks the migration's row, so a commit still in flight is waited for.
         """
         request = uuid.uuid4()
-        for _ in range(3):
+
+        def attempt(connection: psycopg.Connection[Any]) -> Migration:
+            current = _load(connection, migration_id, locked=True)
+            if audit.was_committed(connection, request):
+                return current
+            return work(connection, request)
+
+        unknown: OutcomeUnknown | None = None
+        while True:
             try:
-                return self._database.run(
-                    lambda connection: work(connection, request), repeatable=False
-                )
-            except OutcomeUnknown as unknown:
-                try:
-                    self._database.run(lambda connection: _load(connection, migration_id, True))
-                    done = self._database.run(
-                        lambda connection: audit.was_committed(connection, request)
-                    )
-                except CellferryError:
-                    raise unknown from None
-                if done:
-                    # The state is there; `work` sees it and returns what it would have returned.
-                    return self._database.run(lambda connection: work(connection, uuid.uuid4()))
-        raise OutcomeUnknown("the connection to the topology keeps breaking while committing")
+                return self._database.run(attempt, repeatable=False)
+            except OutcomeUnknown as error:
+                if unknown is not None:
+                    raise
+                unknown = error
+            except Unreachable as error:
+                raise unknown or error from None
 
 
 def checked_state(state: State | str) -> State:
