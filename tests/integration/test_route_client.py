@@ -680,6 +680,16 @@ def test_a_refusal_that_is_none_of_the_gates_stays_what_it_is(seven: TwoCells) -
         client.get("org:{8}:counter")
 
 
+def test_a_refusal_by_a_gate_that_has_opened_since_is_to_try_again(seven: TwoCells) -> None:
+    redis_gate(seven, {"state": "open", "cell": "cell-1", "epoch": 1})
+    with (
+        seven.organization_redis("cell-1", "7") as client,
+        pytest.raises(BeingMoved),
+        redis_answers(client, "7"),
+    ):
+        client.incr("org:{7}:counter")
+
+
 def test_a_read_from_a_copy_that_was_left_is_sent_on(seven: TwoCells) -> None:
     redis_gate(seven, MOVED)
     with (

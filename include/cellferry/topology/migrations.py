@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any
 
 import psycopg
 from psycopg import errors
@@ -37,8 +37,6 @@ from cellferry.topology.audit import AuditEntry
 from cellferry.topology.connection import Database
 from cellferry.topology.directory import check_cell_known, find_organization
 from cellferry.topology.document import document, without_secrets
-
-T = TypeVar("T")
 
 #: A lease's heartbeat is written at most so often, in seconds.
 HEARTBEAT_S = 5.0
