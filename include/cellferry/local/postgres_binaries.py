@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import psutil
+
 from cellferry.local.privileges import Account, runs
 
 _DEBIAN = Path("/usr/lib/postgresql")
@@ -96,8 +98,26 @@ def _make_copy(install: Path, copy: Path) -> None:
 
 
 def remove_copies() -> None:
-    """Remove the copy that `reachable` made for this installation, if any."""
-    shutil.rmtree(_copy_directory(wheel_bin_dir().parent), ignore_errors=True)
+    """Remove the copy that `reachable` made for this installation, unless a server runs from it.
+
+    Another fleet, or the tests, may share it; a server without its libraries fails strangely.
+    """
+    install = wheel_bin_dir().parent
+    copy = _copy_directory(install)
+    with _locked(install):
+        if not _is_in_use(copy):
+            shutil.rmtree(copy, ignore_errors=True)
+
+
+def _is_in_use(directory: Path) -> bool:
+    """Whether a process of this machine runs a program in `directory`."""
+    for process in psutil.process_iter():
+        try:
+            if Path(process.exe()).is_relative_to(directory):
+                return True
+        except (psutil.Error, OSError):
+            continue  # it ended, or is nobody we may ask
+    return False
 
 
 def _copy_directory(install: Path) -> Path:
