@@ -297,6 +297,28 @@ def abort(config: Path | None, organization: str, reason: str, as_json: bool) ->
     )
 
 
+@main.command("roll-back", short_help="Bring an organization back after the flip, without loss.")
+@click.argument("organization")
+@click.option("--reason", default="rolled back by the operator", help="For the audit.")
+@_json_option
+@click.pass_obj
+def roll_back(config: Path | None, organization: str, reason: str, as_json: bool) -> None:
+    """Bring an organization back to its old cell with everything it wrote since the cutover.
+
+    A short write pause, as a cutover. Works until the old copy is cleaned up.
+    """
+    from cellferry.migration import steps
+
+    with _context(config, quiet=as_json) as context:
+        migration = steps.migration_to_roll_back(context, organization)
+        result = steps.roll_back(context, migration.id, reason)
+    click.echo(
+        json.dumps(result.as_dict())
+        if as_json
+        else f"{result.organization}: {result.summary} ({result.state})"
+    )
+
+
 @main.command(short_help="Say where an organization is, and what comes next.")
 @click.argument("organization", required=False)
 @_json_option

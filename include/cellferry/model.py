@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ class State(StrEnum):
     RETAINED = "retained"
     CLEANING = "cleaning"
     COMPLETED = "completed"
+    ROLLING_BACK = "rolling_back"
     ABORTED = "aborted"
     ROLLED_BACK = "rolled_back"
 
@@ -39,7 +40,7 @@ BEFORE_FLIP = frozenset(
     {State.PLANNED, State.COPYING, State.SYNCING, State.READY, State.CUTTING_OVER}
 )
 #: A retained migration is not live: a new one may start and takes over its retention.
-LIVE_STATES = BEFORE_FLIP | {State.SOAKING}
+LIVE_STATES = BEFORE_FLIP | {State.SOAKING, State.ROLLING_BACK}
 
 #: Every transition that is allowed; a step may also stay where it is.
 TRANSITIONS: Mapping[State, frozenset[State]] = {
@@ -50,8 +51,10 @@ TRANSITIONS: Mapping[State, frozenset[State]] = {
     State.READY: frozenset({State.CUTTING_OVER, State.SYNCING, State.ABORTED}),
     # back to ready: the cutover gave up before the flip and the source serves again
     State.CUTTING_OVER: frozenset({State.SOAKING, State.READY, State.ABORTED}),
-    State.SOAKING: frozenset({State.RETAINED, State.ROLLED_BACK}),
-    State.RETAINED: frozenset({State.CLEANING, State.ROLLED_BACK}),
+    State.SOAKING: frozenset({State.RETAINED, State.ROLLING_BACK}),
+    State.RETAINED: frozenset({State.CLEANING, State.ROLLING_BACK}),
+    # back to retained: the roll-back gave up before its flip and the new cell serves on
+    State.ROLLING_BACK: frozenset({State.ROLLED_BACK, State.RETAINED}),
     State.CLEANING: frozenset({State.COMPLETED}),
     State.COMPLETED: frozenset(),
     State.ABORTED: frozenset(),
@@ -162,6 +165,8 @@ class Move:
     Attributes:
         epoch: the epoch under which the source has authority; the flip makes it `epoch + 1`.
         attempt: the lease of this controller. A store refuses a lower attempt (hazard 1).
+        returning: this is the way back after a flip: `source` is the new cell, `destination` the
+            old one, whose copy is there already behind a gate that says `moved`.
     """
 
     migration: int
@@ -173,6 +178,21 @@ class Move:
     strategy: Strategy = Strategy.ONLINE
     throttle: Throttle = Throttle()
     limits: Limits = Limits()
+    returning: bool = False
+
+    def turned(self) -> Move:
+        """Return the way back of a move whose route was flipped: the cells swapped.
+
+        Always online: reverse capture has been on since before the destination opened.
+        """
+        return replace(
+            self,
+            source=self.destination,
+            destination=self.source,
+            epoch=self.epoch + 1,
+            strategy=Strategy.ONLINE,
+            returning=True,
+        )
 
     def cell(self, side: Side) -> Cell:
         """Return the cell on `side`."""

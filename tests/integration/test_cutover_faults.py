@@ -8,6 +8,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from cellferry import phases
 from cellferry.errors import (
     CellferryError,
     LeaseLost,
@@ -16,9 +17,10 @@ from cellferry.errors import (
     Unreachable,
     WrongState,
 )
-from cellferry.migration import cutover as cutover_module
+from cellferry.migration import barrier as barrier_module
 from cellferry.migration import steps
 from cellferry.model import Actor, Organization, State
+from cellferry.phases import Phase
 from cellferry.stores.postgres.store import PostgresMove
 from cellferry.topology import Topology
 from fixtures.cells import TwoCells
@@ -59,7 +61,7 @@ def killed(*_arguments: Any, **_named: Any) -> None:
 
 def killed_later(verb: Any) -> Any:
     """A thaw or a release at the start of a cutover is harmless; the next one is the end."""
-    is_first = verb.__name__ in {"thaw", "_thaw", "_release"}
+    is_first = verb.__name__ in {"thaw", "_release"}
 
     def wrapped(*arguments: Any) -> None:
         nonlocal is_first
@@ -77,7 +79,7 @@ def kill_in(
     """Run a cutover whose process ends in `where`, because the store's verb `after` failed."""
     with monkeypatch.context() as patch:
         patch.setattr(PostgresMove, after, killed)
-        patch.setattr(cutover_module, where, killed_later(getattr(cutover_module, where)))
+        patch.setattr(barrier_module, where, killed_later(getattr(barrier_module, where)))
         with cells.context() as context, pytest.raises(KilledError):
             steps.cutover(context, migration)
 
@@ -86,14 +88,18 @@ def test_a_controller_that_dies_before_it_thaws_leaves_no_frozen_source_to_a_ret
     cells: TwoCells, acme: Organization, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     migration = ready(cells, acme)
-    kill_in(cells, migration, monkeypatch, "_thaw", after="finish")
+    with monkeypatch.context() as patch:
+        patch.setattr(PostgresMove, "finish", killed)
+        patch.setattr(phases, "_hook", lambda phase: phase is Phase.UNDONE and killed())
+        with cells.context() as context, pytest.raises(KilledError):
+            steps.cutover(context, migration)
     assert cells.migration(migration).state is State.READY
     assert refusal(cells, "cell-1") == BEING_MOVED
 
     def gives_up(_at: Any) -> None:
         raise NotConverging("too many writes")
 
-    monkeypatch.setattr(cutover_module, "_catch_up", gives_up)
+    monkeypatch.setattr(barrier_module, "_catch_up", gives_up)
     with cells.context() as context, pytest.raises(NotConverging):
         steps.cutover(context, migration)
 

@@ -22,7 +22,7 @@ from cellferry.errors import (
     WrongState,
 )
 from cellferry.migration import Context, MoveOptions, steps
-from cellferry.migration import cutover as cutover_module
+from cellferry.migration import barrier as barrier_module
 from cellferry.model import Organization, State
 from cellferry.topology import Topology
 from fixtures.cells import NO_TRACES, TwoCells
@@ -280,7 +280,7 @@ def test_while_the_topology_does_not_answer_the_organization_stays_frozen(
 
     with monkeypatch.context() as patch:
         patch.setattr(Topology, "flip_outcome", silent)
-        patch.setattr(cutover_module, "ASK_FOR_S", 0.5)
+        patch.setattr(barrier_module, "ASK_FOR_S", 0.5)
         with cells.context() as context, pytest.raises(OutcomeUnknown, match="stays frozen"):
             steps.cutover(context, migration)
     assert touch(cells, "cell-1") == BEING_MOVED, "thawing could lose writes: it had flipped"

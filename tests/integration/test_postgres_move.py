@@ -164,11 +164,11 @@ def test_reverse_rounds_bring_every_later_write_back(ferry: Ferry) -> None:
             move.open_capture()
             move.copy()
         cut_over(ferry)
-        with ferry.opened(ferry.move(attempt=3)) as move:
+        with ferry.opened(ferry.move(attempt=3).turned()) as move:
             for _ in range(5):
-                move.reverse_sync()
-    with ferry.opened(ferry.move(attempt=4)) as move:
-        while move.reverse_sync().remaining:
+                move.sync()
+    with ferry.opened(ferry.move(attempt=4).turned()) as move:
+        while move.sync().remaining:
             pass
 
     assert stored(ferry, Side.SOURCE) == traffic.titles()
@@ -185,8 +185,8 @@ def test_a_reverse_round_does_not_write_where_the_gate_is_not_moved(ferry: Ferry
     ferry.run(Side.DESTINATION, "UPDATE issues SET title = 'new' WHERE id = 1")
     ferry.run(Side.SOURCE, "UPDATE cellferry.gate SET migration = 99, state = 'importing'")
 
-    with ferry.opened(ferry.move(attempt=3)) as move, pytest.raises(WrongState):
-        move.reverse_sync()
+    with ferry.opened(ferry.move(attempt=3).turned()) as move, pytest.raises(WrongState):
+        move.sync()
 
     assert ferry.run(Side.SOURCE, "SELECT title FROM issues WHERE id = 1") != [("new",)]
 

@@ -556,15 +556,16 @@ def test_reverse_rounds_keep_the_source_able_to_take_over(pair: ValkeyPair) -> N
         with application(pair.destination) as client:
             client.set("org:{4}:written there", 1)
             client.delete("org:{4}:blob:1")
-        assert redis_move.reverse_sync().applied == 2
+    with attempt(pair, 2, returning=True) as redis_move:
+        assert redis_move.sync().applied == 2
     assert contents(pair.source, KEYS) == contents(pair.destination, KEYS)
 
 
 def test_reverse_rounds_need_a_source_that_was_handed_over(pair: ValkeyPair) -> None:
     with attempt(pair, 1) as redis_move:
         redis_move.open_capture()
-        with pytest.raises(WrongState):
-            redis_move.reverse_sync()
+    with attempt(pair, 2, returning=True) as redis_move, pytest.raises(WrongState):
+        redis_move.sync()
 
 
 def test_cleanup_of_a_source_that_still_serves_is_refused(pair: ValkeyPair) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -46,11 +47,11 @@ def logged(ferry: Ferry) -> int:
 
 
 def test_a_reverse_round_leaves_the_log_to_the_next_migration(moved: Ferry) -> None:
-    with moved.opened(moved.move(attempt=2)) as move:
+    with moved.opened(moved.move(attempt=2).turned()) as move:
         arm_onward(moved)
         moved.run(Side.DESTINATION, "UPDATE issues SET title = 'new' WHERE id = 1")
         with pytest.raises(WrongState):
-            move.reverse_sync()
+            move.sync()
 
     assert logged(moved) == 1
 
@@ -58,17 +59,17 @@ def test_a_reverse_round_leaves_the_log_to_the_next_migration(moved: Ferry) -> N
 def test_a_reverse_round_under_way_leaves_the_log_to_the_next_migration(
     moved: Ferry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with moved.opened(moved.move(attempt=2)) as move:
-        insist = move._insist_on_moved_source
+    with moved.opened(moved.move(attempt=2).turned()) as move:
+        hold = gate.hold_retained
 
-        def meanwhile() -> None:
+        def meanwhile(*arguments: Any) -> None:
             arm_onward(moved)
-            insist()
+            hold(*arguments)
 
-        monkeypatch.setattr(move, "_insist_on_moved_source", meanwhile)
+        monkeypatch.setattr(gate, "hold_retained", meanwhile)
         moved.run(Side.DESTINATION, "UPDATE issues SET title = 'new' WHERE id = 1")
         with pytest.raises(WrongState):
-            move.reverse_sync()
+            move.sync()
 
     assert logged(moved) == 1
 
@@ -78,8 +79,8 @@ def test_a_reverse_round_says_so_when_nothing_is_captured_any_more(moved: Ferry)
     with moved.session(Side.DESTINATION) as connection:
         gate.disarm(connection, onward(moved))  # as an abort does
 
-    with moved.opened(moved.move(attempt=2)) as move, pytest.raises(WrongState):
-        move.reverse_sync()
+    with moved.opened(moved.move(attempt=2).turned()) as move, pytest.raises(WrongState):
+        move.sync()
 
 
 def test_an_abort_ends_where_another_migrations_gate_kept_it_out(moved: Ferry) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -20,7 +21,16 @@ from cellferry.errors import (
     PermanentError,
     WrongState,
 )
-from cellferry.model import Actor, Organization, Resource, Route, State, Strategy
+from cellferry.model import (
+    LIVE_STATES,
+    TRANSITIONS,
+    Actor,
+    Organization,
+    Resource,
+    Route,
+    State,
+    Strategy,
+)
 from cellferry.topology import Topology, schema
 from fixtures.topology import ACTOR, Bench
 
@@ -40,6 +50,19 @@ def test_install_is_repeatable(fresh_database: str) -> None:
     with Topology(fresh_database) as topology:
         assert topology.install() == [file.name for file in schema.files()]
         assert topology.install() == []
+
+
+def test_the_database_has_the_same_states_as_the_library(bench: Bench) -> None:
+    with psycopg.connect(bench.url) as connection:
+        transitions = connection.execute(
+            "SELECT from_state, to_state FROM topology.allowed_transition"
+        )
+        index = connection.execute(
+            "SELECT pg_get_indexdef('topology.migration_one_live'::regclass)"
+        ).fetchone()
+
+        assert set(transitions) == {(a.value, b.value) for a in State for b in TRANSITIONS[a]}
+    assert set(re.findall(r"'(\w+)'::text", str(index))) == {state.value for state in LIVE_STATES}
 
 
 def test_installers_take_turns(fresh_database: str) -> None:
@@ -516,7 +539,7 @@ def test_only_a_migration_that_cuts_over_can_flip(bench: Bench, until: State) ->
 def test_a_transition_cannot_stand_in_for_the_flip(bench: Bench) -> None:
     migration, attempt = bench.cutting_over()
 
-    with pytest.raises(WrongState, match="only the flip"):
+    with pytest.raises(WrongState, match="only a flip"):
         bench.topology.transition(migration.id, attempt, "cutting_over", "soaking", ACTOR)
 
 
@@ -621,7 +644,7 @@ def test_the_database_too_refuses_to_clean_what_came_back(bench: Bench) -> None:
     there, _ = bench.retained("1", "cell-2")
     bench.retained("1", "cell-1")
 
-    with pytest.raises(psycopg.errors.IntegrityConstraintViolation, match="must not be cleaned"):
+    with pytest.raises(psycopg.errors.IntegrityConstraintViolation, match="must not be cleaning"):
         as_someone_else(
             bench,
             "UPDATE topology.migration SET state = 'cleaning'"

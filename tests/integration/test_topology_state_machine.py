@@ -28,6 +28,7 @@ from hypothesis.stateful import (
 from cellferry.errors import CellferryError, InvalidInput, LeaseLost, WrongState
 from cellferry.model import BEFORE_FLIP, LIVE_STATES, TRANSITIONS, Organization, Route, State
 from cellferry.topology import Topology
+from cellferry.topology.migrations import FLIPS
 from fixtures.topology import ACTOR
 
 WAY = (
@@ -37,6 +38,7 @@ WAY = (
     State.CUTTING_OVER,
     State.SOAKING,
     State.RETAINED,
+    State.ROLLING_BACK,
 )
 CELLS = ("cell-1", "cell-2", "cell-3")
 
@@ -139,17 +141,15 @@ def machine(topology: Topology, url: str) -> type[RuleBasedStateMachine]:
             def call() -> object:
                 return topology.transition(lease[0], lease[1], from_, to, ACTOR)
 
-            is_flip = (from_, to) == (State.CUTTING_OVER, State.SOAKING)
-            if is_flip or (to is not from_ and to not in TRANSITIONS[from_]):
+            if (from_, to) in FLIPS or (to is not from_ and to not in TRANSITIONS[from_]):
                 self.refused(WrongState, call)
             elif lease[1] != one.attempt:
                 self.refused(LeaseLost, call)
-            elif one.state not in {from_, to}:
-                self.refused(WrongState, call)
-            elif to is State.ROLLED_BACK and one.state is not to:
-                # The route must go back in the same transaction: a plain transition cannot.
-                self.refused(CellferryError, call)
-            elif to is State.CLEANING and one.state is State.RETAINED and self.came_back(one):
+            elif (
+                one.state not in {from_, to}
+                or (to is State.ROLLING_BACK and one.state is from_ is not to and self.went_on(one))
+                or (to is State.CLEANING and one.state is State.RETAINED and self.came_back(one))
+            ):
                 self.refused(WrongState, call)
             else:
                 call()
@@ -164,6 +164,33 @@ def machine(topology: Topology, url: str) -> type[RuleBasedStateMachine]:
                 and later.state is not State.ABORTED
                 for later in self.world.migrations.values()
             )
+
+        def went_on(self, one: Moving) -> bool:
+            route = self.world.routes[one.organization]
+            return (route.cell, route.epoch) != (one.destination, one.epoch + 1) or any(
+                later.organization == one.organization
+                and later.id > one.id
+                and later.state is not State.ABORTED
+                for later in self.world.migrations.values()
+            )
+
+        @rule(lease=leases)
+        def flip_back(self, lease: tuple[int, int]) -> None:
+            one = self.world.migrations[lease[0]]
+
+            def call() -> Route:
+                return topology.flip_back(lease[0], lease[1], ACTOR, 0, {}, "to test it")
+
+            if lease[1] != one.attempt:
+                self.refused(LeaseLost, call)
+            elif one.state is State.ROLLING_BACK:
+                self.world.routes[one.organization] = call()
+                one.state = State.ROLLED_BACK
+                one.transitions += 1
+            elif one.state is State.ROLLED_BACK:
+                assert call() == Route(one.organization, one.source, one.epoch + 2)
+            else:
+                self.refused(WrongState, call)
 
         @rule(lease=leases)
         def flip(self, lease: tuple[int, int]) -> None:
@@ -190,7 +217,9 @@ def machine(topology: Topology, url: str) -> type[RuleBasedStateMachine]:
         @rule(
             target=leases,
             number=st.integers(0, 9),
-            until=st.sampled_from([State.CUTTING_OVER, State.SOAKING, State.RETAINED]),
+            until=st.sampled_from(
+                [State.CUTTING_OVER, State.SOAKING, State.RETAINED, State.ROLLING_BACK]
+            ),
         )
         def a_controller_takes_it_far(self, number: int, until: State) -> tuple[int, int]:
             lease = self.take_it(number)
@@ -214,6 +243,7 @@ def machine(topology: Topology, url: str) -> type[RuleBasedStateMachine]:
                 assert topology.flip_outcome(one.id) == (
                     one.state not in BEFORE_FLIP | {State.ABORTED}
                 )
+                assert topology.flip_outcome(one.id, back=True) == (one.state is State.ROLLED_BACK)
 
         @invariant()
         def routes_are_what_the_model_says_and_epochs_rise_by_one(self) -> None:

@@ -7,6 +7,7 @@ from cellferry.migration.cleanup import require_released
 from cellferry.migration.context import Context, attempt
 from cellferry.migration.result import StepResult, plain
 from cellferry.model import BEFORE_FLIP, Side, State
+from cellferry.phases import Phase, reach
 
 
 def abort(context: Context, migration_id: int, reason: str) -> StepResult:
@@ -34,12 +35,13 @@ def abort(context: Context, migration_id: int, reason: str) -> StepResult:
             f"{migration.destination} and aborting would lose its writes",
             organization=migration.organization.slug,
             step="abort",
-            hint="let it complete; to bring the organization back, move it back",
+            hint=f"to bring it back: cellferry roll-back {migration.organization.slug}",
         )
     allowed = BEFORE_FLIP | {State.ABORTED}
     with attempt(context, migration_id, "abort", allowed, stoppable=False) as at:
         if at.migration.state is not State.ABORTED:
             at.transition(State.ABORTED, reason=reason)
+        reach(Phase.ABORTED)
         for store in at.stores.values():
             store.thaw()
             store.release()

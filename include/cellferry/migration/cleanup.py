@@ -6,22 +6,26 @@ from cellferry.errors import WrongState
 from cellferry.migration.context import Attempt, Context, attempt
 from cellferry.migration.result import StepResult, plain
 from cellferry.model import Side, State
+from cellferry.phases import Phase, reach
 
-ALLOWED = frozenset({State.RETAINED, State.CLEANING})
+ALLOWED = frozenset({State.RETAINED, State.CLEANING, State.ROLLED_BACK})
 
 
 def cleanup(context: Context, migration_id: int) -> StepResult:
-    """Delete the old cell's copy in paced batches, after the TTL, and release every resource.
+    """Delete the copy that the organization left, after the TTL, and release every resource.
 
-    Guarantees that only this organization's rows and keys in the old cell are deleted, and only
-    while the old cell's gate says that this very migration moved them away (hazard 4). May be
-    repeated.
+    That is the old cell's; after a roll-back it is the new cell's. In paced batches. Guarantees
+    that only this organization's rows and keys there are deleted, and only while that cell's gate
+    says that this very migration moved them away (hazard 4). May be repeated.
 
     Raises:
         WrongState: the TTL has not passed on the topology's clock, or the organization returned.
     """
     migration = context.topology.migration(migration_id)
-    if migration.state is State.COMPLETED:
+    rolled_back = migration.state is State.ROLLED_BACK
+    if migration.state is State.COMPLETED or (
+        rolled_back and not context.topology.live_resources(migration_id)
+    ):
         return StepResult(
             "cleanup",
             migration_id,
@@ -32,15 +36,21 @@ def cleanup(context: Context, migration_id: int) -> StepResult:
             repeated=True,
         )
     context.topology.may_clean(migration_id)
-    with attempt(context, migration_id, "cleanup", ALLOWED) as at:
+    with attempt(context, migration_id, "cleanup", ALLOWED, returning=rolled_back) as at:
         if at.migration.state is State.RETAINED:
             at.transition(State.CLEANING)
+        reach(Phase.CLEANUP_BEGUN)
         cleaned = {}
         for kind, store in at.stores.items():
             cleaned[kind] = plain(store.cleanup(Side.SOURCE))
             store.close_capture()
+            reach(Phase.CLEANUP_ONE)
         require_released(at)
-        at.transition(State.COMPLETED, {"cleaned": cleaned})
+        reach(Phase.CLEANUP_ALL)
+        if rolled_back:
+            at.record({"cleaned": cleaned})
+        else:
+            at.transition(State.COMPLETED, {"cleaned": cleaned})
         return StepResult(
             "cleanup",
             migration_id,

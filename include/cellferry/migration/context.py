@@ -102,10 +102,10 @@ class Context:
     ) -> None:
         self.topology.__exit__(kind, error, trace)
 
-    def move(self, migration: Migration, attempt: int) -> Move:
-        """Return the move that `attempt` at `migration` makes."""
+    def move(self, migration: Migration, attempt: int, *, returning: bool = False) -> Move:
+        """Return the move that `attempt` at `migration` makes; `returning` is the way back."""
         options = MoveOptions.model_validate(dict(migration.options))
-        return Move(
+        move = Move(
             migration=migration.id,
             organization=migration.organization,
             source=self.settings.cell(migration.source, self.connections),
@@ -116,6 +116,7 @@ class Context:
             throttle=options.throttle,
             limits=options.limits,
         )
+        return move.turned() if returning else move
 
     def dry_move(
         self, organization: Organization, source: str, destination: str, options: MoveOptions
@@ -231,6 +232,7 @@ def attempt(
     allowed: frozenset[State],
     *,
     stoppable: bool = True,
+    returning: bool = False,
 ) -> Iterator[Attempt]:
     """Take the migration over: a new attempt in the topology, then at every store of both cells.
 
@@ -239,6 +241,7 @@ def attempt(
 
     Args:
         stoppable: False for steps that must work while the migration is paused or halted.
+        returning: for steps after the flip that go from the new cell to the old one.
 
     Raises:
         WrongState: the migration's state is not in `allowed`.
@@ -252,7 +255,7 @@ def attempt(
     # An older attempt may have flipped just before: it goes on at the stores if this step cannot.
     migration = topology.migration(migration_id)
     _insist_on_state(migration, step, allowed)
-    move = context.move(migration, number)
+    move = context.move(migration, number, returning=returning)
     progress = StepProgress(
         context, migration.organization.slug, migration_id, number, stoppable=stoppable
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from cellferry.migration.context import Context, attempt
 from cellferry.migration.result import StepResult, plain
 from cellferry.model import State, Strategy
+from cellferry.phases import Phase, reach
 
 ALLOWED = frozenset({State.PLANNED, State.COPYING})
 DONE = frozenset(State) - ALLOWED - {State.ABORTED, State.ROLLED_BACK}
@@ -40,6 +41,7 @@ def copy(context: Context, migration_id: int) -> StepResult:
         if at.move.strategy is Strategy.ONLINE:
             for store in at.stores.values():
                 store.open_capture()
+            reach(Phase.COPY_ARMED)
             for kind, store in at.stores.items():
                 copied[kind] = plain(store.copy())
             summary = "copied " + " and ".join(
@@ -47,6 +49,7 @@ def copy(context: Context, migration_id: int) -> StepResult:
             )
         else:
             summary = "nothing to copy before the gate: freeze-first copies under it"
+        reach(Phase.COPY_DONE)
         at.transition(State.SYNCING, {"copied": copied})
         return StepResult(
             "copy", migration_id, at.move.organization.slug, at.migration.state, summary, copied

@@ -51,6 +51,11 @@ class MoveOptions(BaseModel):
         description="From the flip to clean-up: how long stale readers can live.",
     )
 
+    one_way: bool = Field(
+        False,
+        description="Cut over although a roll-back would lose writes; plan says why it would.",
+    )
+
     @property
     def limits(self) -> Limits:
         """The bounds as the stores take them."""

@@ -8,6 +8,7 @@ from cellferry.errors import AuthorityViolation
 from cellferry.migration.context import Attempt, Context, attempt
 from cellferry.migration.result import StepResult, plain
 from cellferry.model import Round, State
+from cellferry.phases import Phase, reach
 
 DONE = frozenset({State.RETAINED, State.CLEANING, State.COMPLETED})
 
@@ -31,13 +32,13 @@ def soak(context: Context, migration_id: int) -> StepResult:
             "soaked before",
             repeated=True,
         )
-    with attempt(context, migration_id, "soak", frozenset({State.SOAKING})) as at:
+    with attempt(context, migration_id, "soak", frozenset({State.SOAKING}), returning=True) as at:
         started = time.monotonic()
         rounds = 0
         last: dict[str, Round] = {}
         while True:
             _check_route(at)
-            last = {kind: store.reverse_sync() for kind, store in at.stores.items()}
+            last = {kind: store.sync() for kind, store in at.stores.items()}
             rounds += 1
             elapsed = time.monotonic() - started
             at.progress.report("soak", "soak", int(elapsed), int(at.options.soak_s), "s")
@@ -46,6 +47,7 @@ def soak(context: Context, migration_id: int) -> StepResult:
             at.progress.check()
             time.sleep(min(1.0, at.options.soak_s - elapsed))
         facts = {"rounds": rounds, "last": plain(last)}
+        reach(Phase.SOAKED)
         at.transition(State.RETAINED, {"soaked": facts})
         return StepResult(
             "soak",
@@ -65,8 +67,9 @@ def reverse_round(context: Context, migration_id: int) -> StepResult:
     Raises:
         WrongState: the migration is not retained.
     """
-    with attempt(context, migration_id, "reverse round", frozenset({State.RETAINED})) as at:
-        rounds = {kind: store.reverse_sync() for kind, store in at.stores.items()}
+    retained = frozenset({State.RETAINED})
+    with attempt(context, migration_id, "reverse round", retained, returning=True) as at:
+        rounds = {kind: store.sync() for kind, store in at.stores.items()}
         return StepResult(
             "reverse round",
             migration_id,
@@ -79,9 +82,9 @@ def reverse_round(context: Context, migration_id: int) -> StepResult:
 
 def _check_route(at: Attempt) -> None:
     route = at.context.topology.route(at.move.organization.id)
-    if route.cell != at.move.destination.name or route.epoch != at.move.epoch + 1:
+    if route.cell != at.move.source.name or route.epoch != at.move.epoch:
         raise AuthorityViolation(
             f"the route says {route.cell} at epoch {route.epoch}, and this migration put it at "
-            f"{at.move.destination.name} at epoch {at.move.epoch + 1}",
+            f"{at.move.source.name} at epoch {at.move.epoch}",
             hint="another migration has moved it since; look at `cellferry status`",
         )

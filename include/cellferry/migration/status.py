@@ -21,7 +21,9 @@ NEXT = {
     State.CLEANING: "the old copy is being deleted; run cleanup again if it stopped",
     State.COMPLETED: "done",
     State.ABORTED: "given up; the organization stayed where it was",
-    State.ROLLED_BACK: "the organization is back in its old cell",
+    State.ROLLING_BACK: "the roll-back is under way or died: run it again; the new cell serves",
+    State.ROLLED_BACK: "the organization is back in its old cell; after the TTL cleanup deletes the"
+    " new cell's copy",
 }
 
 
@@ -65,6 +67,11 @@ def status(context: Context, organization: str) -> Status:
 
 
 def unfinished(context: Context) -> list[Migration]:
-    """Return the migrations that are not over, oldest first: live, retained or being cleaned."""
-    states = LIVE_STATES | {State.RETAINED, State.CLEANING}
-    return context.topology.migrations(states=states)[::-1]
+    """Return the migrations that are not over, oldest first: something of them is in a cell."""
+    ended = {State.ABORTED, State.ROLLED_BACK}
+    states = LIVE_STATES | ended | {State.RETAINED, State.CLEANING}
+    return [
+        one
+        for one in context.topology.migrations(states=states)[::-1]
+        if one.state not in ended or context.topology.live_resources(one.id)
+    ]

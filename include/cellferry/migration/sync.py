@@ -8,6 +8,7 @@ from cellferry.errors import NotConverging
 from cellferry.migration.context import Attempt, Context, attempt
 from cellferry.migration.result import StepResult
 from cellferry.model import Round, State, Strategy
+from cellferry.phases import Phase, reach
 from cellferry.stores.base import StoreMove
 
 ALLOWED = frozenset({State.SYNCING, State.READY})
@@ -65,6 +66,7 @@ def run_rounds(at: Attempt, kind: str, store: StoreMove) -> list[dict[str, Any]]
         at.progress.report(
             kind, "sync", number, None, "rounds", f"{done[-1].remaining} keys dirty after it"
         )
+        reach(Phase.ROUND_DONE)
         if is_small(done[-1], budget_s):
             return [_facts(one) for one in done]
     last = done[-1]

@@ -6,6 +6,7 @@ from cellferry.errors import VerificationFailed
 from cellferry.migration.context import Context, attempt
 from cellferry.migration.result import StepResult, plain
 from cellferry.model import State, Strategy, Verification
+from cellferry.phases import Phase, reach
 
 ALLOWED = frozenset({State.SYNCING, State.READY})
 DONE = frozenset({State.SOAKING, State.RETAINED, State.CLEANING, State.COMPLETED})
@@ -46,6 +47,7 @@ def verify(context: Context, migration_id: int) -> StepResult:
                 hint="do not force it: look for writers that bypass the gate at the destination, "
                 "then abort and start again",
             )
+        reach(Phase.VERIFY_DONE)
         if at.migration.state is State.SYNCING:
             at.transition(State.READY, facts)
         else:

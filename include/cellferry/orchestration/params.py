@@ -174,6 +174,14 @@ def migrate_organizations_params() -> dict[str, Param]:
             description="Sync gives up when so many rounds have not caught up with the writers.",
             section=_PAUSE,
         ),
+        "one_way": Param(
+            False,
+            type="boolean",
+            title="Give the roll-back up",
+            description="Cut over although a roll-back would lose writes, for example because the "
+            "old cell's engine is older. Plan says why it would.",
+            section=_AFTER,
+        ),
         "soak_s": Param(
             2,
             type="number",

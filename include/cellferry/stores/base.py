@@ -2,7 +2,8 @@
 
 A `Store` knows a kind of server. `Store.open` gives a `StoreMove`: that store's part of one
 attempt at one migration, which holds its connections. Every verb of it may be repeated. Source
-and destination are just two cells: rolling back is the same verbs the other way round.
+and destination are just two cells: rolling back is the same verbs with a `Move.turned`, whose
+destination is the retained copy behind its gate `moved`.
 
 Order of the verbs in an online move (`cellferry.migration` calls them)::
 
@@ -12,7 +13,8 @@ Order of the verbs in an online move (`cellferry.migration` calls them)::
     sync, sync, …                                  sync
     verify                                         verify
     catch_up, freeze, finish, [flip], hand_over, release       cutover
-    reverse_sync                                   soak
+    sync                                           soak (turned)
+    sync, verify, catch_up, freeze, finish, [flip], hand_over, release    roll back (turned)
     cleanup, close_capture                         cleanup (and abort)
 """
 
@@ -170,10 +172,11 @@ class StoreMove(ABC):
         """Before the flip: open the source again. A compare-and-set on this migration's gate."""
 
     @abstractmethod
-    def reverse_sync(self) -> Round:
-        """After the flip: one round from the destination back to the gated source.
+    def check_return(self) -> tuple[Blocker, ...]:
+        """Say what would keep this move from being rolled back without loss. Read-only.
 
-        Keeps reverse logs short and a switchback quick.
+        Asked of the move on its way out, before its route may be flipped: privileges, gates and
+        versions that the way back needs.
         """
 
     @abstractmethod

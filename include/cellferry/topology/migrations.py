@@ -41,6 +41,9 @@ from cellferry.topology.document import document, without_secrets
 #: A lease's heartbeat is written at most so often, in seconds.
 HEARTBEAT_S = 5.0
 
+#: Transitions that change the route as well.
+FLIPS = {(State.CUTTING_OVER, State.SOAKING), (State.ROLLING_BACK, State.ROLLED_BACK)}
+
 _COLUMNS = """
 SELECT m.id, m.organization, o.slug, m.source, m.destination, m.state, m.epoch, m.attempt,
        m.strategy, m.paused, m.halted, m.last_error, m.ttl_until, m.options, m.facts,
@@ -304,8 +307,11 @@ class Migrations:
             OutcomeUnknown: the connection broke while committing and the topology does not say.
         """
         before, after = checked_state(from_), checked_state(to)
-        if (before, after) == (State.CUTTING_OVER, State.SOAKING):
-            raise WrongState("only the flip makes a migration soak", hint="use Topology.flip")
+        if (before, after) in FLIPS:
+            raise WrongState(
+                f"only a flip makes a migration {after}",
+                hint="use Topology.flip or Topology.flip_back",
+            )
         if after is not before and after not in TRANSITIONS[before]:
             raise WrongState(f"a migration never goes from {before} to {after}")
 
@@ -321,6 +327,8 @@ class Migrations:
                 )
             if after is State.CLEANING and before is State.RETAINED:
                 check_may_clean(connection, current)
+            if after is State.ROLLING_BACK and before is not after:
+                _check_may_roll_back(connection, current)
             audit.write(
                 connection,
                 "transition",
@@ -379,67 +387,82 @@ class Migrations:
             LeaseLost: `attempt` is not the newest.
             WrongState: not cutting over, or the route is not the source's at this epoch.
         """
-        if ttl_seconds < 0:
-            raise InvalidInput(f"the TTL is {ttl_seconds} seconds; it cannot be negative")
 
         def work(connection: psycopg.Connection[Any]) -> Route:
             current = _locked(connection, migration_id, attempt)
             flipped = Route(current.organization.id, current.destination, current.epoch + 1)
             if current.state is State.SOAKING:
                 return flipped
-            if current.state is not State.CUTTING_OVER:
-                raise WrongState(
-                    f"the migration is {current.state}; only one that cuts over can flip",
-                    organization=current.organization.slug,
-                )
-            moved = connection.execute(
-                """
-                UPDATE topology.route SET cell = %s, epoch = epoch + 1, migration = %s, actor = %s,
-                                          changed_at = clock_timestamp()
-                WHERE organization = %s AND cell = %s AND epoch = %s
-                """,
-                [
-                    current.destination,
-                    migration_id,
-                    actor.name,
-                    current.organization.id,
-                    current.source,
-                    current.epoch,
-                ],
-            ).rowcount
-            if moved != 1:
-                raise WrongState(
-                    f"the route is no longer {current.source} at epoch {current.epoch}",
-                    organization=current.organization.slug,
-                    hint="somebody else changed it; abort this migration",
-                )
-            audit.write(
+            left = Route(current.organization.id, current.source, current.epoch)
+            _change_authority(
                 connection,
-                "flip",
+                current,
+                (State.CUTTING_OVER, State.SOAKING),
+                (left, flipped),
                 actor,
-                migration=migration_id,
-                organization=current.organization.id,
-                from_state=State.CUTTING_OVER,
-                to_state=State.SOAKING,
-                epoch=flipped.epoch,
-                attempt=attempt,
-                evidence=facts,
-            )
-            connection.execute(
-                """
-                UPDATE topology.migration
-                SET state = 'soaking', facts = facts || %s, heartbeat_at = now(),
-                    ttl_until = clock_timestamp() + make_interval(secs => %s), updated_at = now()
-                WHERE id = %s
-                """,
-                [document(facts), ttl_seconds, migration_id],
+                ttl_seconds,
+                facts,
             )
             return flipped
 
         return self._database.run(work, repeatable=False)
 
-    def flip_outcome(self, migration_id: int) -> bool:
+    def flip_back(
+        self,
+        migration_id: int,
+        attempt: int,
+        actor: Actor,
+        ttl_seconds: float,
+        facts: Mapping[str, Any] | None = None,
+        reason: str | None = None,
+    ) -> Route:
+        """The commit point of a roll-back: the route goes back to the source, at epoch N + 2.
+
+        As `flip`: state `rolling_back` to `rolled_back`; the copy that is kept until the TTL has
+        passed is the destination's now.
+
+        Raises:
+            OutcomeUnknown, LeaseLost, WrongState: as `flip`.
+        """
+
+        def work(connection: psycopg.Connection[Any]) -> Route:
+            current = _locked(connection, migration_id, attempt)
+            back = Route(current.organization.id, current.source, current.epoch + 2)
+            if current.state is State.ROLLED_BACK:
+                return back
+            left = Route(current.organization.id, current.destination, current.epoch + 1)
+            _change_authority(
+                connection,
+                current,
+                (State.ROLLING_BACK, State.ROLLED_BACK),
+                (left, back),
+                actor,
+                ttl_seconds,
+                facts,
+                reason,
+            )
+            return back
+
+        return self._database.run(work, repeatable=False)
+
+    def may_roll_back(self, migration_id: int) -> None:
+        """Return if the organization can go back to the cell that this migration took it from.
+
+        Raises:
+            WrongState: not between flip and clean-up, or the organization has moved on.
+        """
+
+        def work(connection: psycopg.Connection[Any]) -> None:
+            current = _load(connection, migration_id)
+            if current.state is not State.ROLLED_BACK:
+                _check_may_roll_back(connection, current)
+
+        self._database.run(work)
+
+    def flip_outcome(self, migration_id: int, *, back: bool = False) -> bool:
         """Whether the route was flipped; waits for a flip whose commit is still in flight.
+
+        With `back` it is asked of a roll-back's flip.
 
         A False is final for the flips that were sent before: the row was locked to say so.
 
@@ -449,6 +472,8 @@ class Migrations:
 
         def work(connection: psycopg.Connection[Any]) -> bool:
             current = _load(connection, migration_id, locked=True)
+            if back:
+                return current.state is State.ROLLED_BACK
             return current.state not in BEFORE_FLIP and current.state is not State.ABORTED
 
         return self._database.run(work)
@@ -578,6 +603,63 @@ class Migrations:
                 raise unknown or error from None
 
 
+def _change_authority(
+    connection: psycopg.Connection[Any],
+    current: Migration,
+    states: tuple[State, State],
+    routes: tuple[Route, Route],
+    actor: Actor,
+    ttl_seconds: float,
+    facts: Mapping[str, Any] | None,
+    reason: str | None = None,
+) -> None:
+    """Change route, state, retention and audit together; the caller's transaction commits it."""
+    if ttl_seconds < 0:
+        raise InvalidInput(f"the TTL is {ttl_seconds} seconds; it cannot be negative")
+    (before, after), (left, entered) = states, routes
+    if current.state is not before:
+        raise WrongState(
+            f"the migration is {current.state}; only one that is {before} can flip",
+            organization=current.organization.slug,
+        )
+    changed = connection.execute(
+        """
+        UPDATE topology.route SET cell = %s, epoch = epoch + 1, migration = %s, actor = %s,
+                                  changed_at = clock_timestamp()
+        WHERE organization = %s AND cell = %s AND epoch = %s
+        """,
+        [entered.cell, current.id, actor.name, left.organization, left.cell, left.epoch],
+    ).rowcount
+    if changed != 1:
+        raise WrongState(
+            f"the route is no longer {left.cell} at epoch {left.epoch}",
+            organization=current.organization.slug,
+            hint="somebody else changed it; look at `cellferry status`, then abort this migration",
+        )
+    audit.write(
+        connection,
+        "flip",
+        actor,
+        migration=current.id,
+        organization=current.organization.id,
+        from_state=before,
+        to_state=after,
+        epoch=entered.epoch,
+        attempt=current.attempt,
+        reason=reason,
+        evidence=facts,
+    )
+    connection.execute(
+        """
+        UPDATE topology.migration
+        SET state = %s, facts = facts || %s, heartbeat_at = now(),
+            ttl_until = clock_timestamp() + make_interval(secs => %s), updated_at = now()
+        WHERE id = %s
+        """,
+        [after, document(facts), ttl_seconds, current.id],
+    )
+
+
 def checked_state(state: State | str) -> State:
     """Return the state of this name.
 
@@ -600,6 +682,16 @@ def check_may_clean(connection: psycopg.Connection[Any], migration: Migration) -
             f"the copy in {migration.source} must not be deleted: {row[0]}",
             organization=migration.organization.slug,
             hint=f"see `cellferry status {migration.organization.slug}` for what comes first",
+        )
+
+
+def _check_may_roll_back(connection: psycopg.Connection[Any], migration: Migration) -> None:
+    row = connection.execute("SELECT topology.why_not_roll_back(%s)", [migration.id]).fetchone()
+    if row is not None and row[0] is not None:
+        raise WrongState(
+            f"migration {migration.id} cannot be rolled back: {row[0]}",
+            organization=migration.organization.slug,
+            hint="move the organization as any other, or abort what has taken over",
         )
 
 

@@ -17,6 +17,7 @@ from psycopg import sql
 
 from cellferry.errors import Blocked, WrongState
 from cellferry.model import Cleaned, GateState, Move, Progress, Side
+from cellferry.phases import Phase, reach
 from cellferry.stores.postgres.references import is_comparable
 from cellferry.stores.postgres.row_keys import key_array
 from cellferry.stores.postgres.schema import ForeignKey, Placement, Table
@@ -173,6 +174,7 @@ class Cleaner:
                             self._scope.owned(table),
                         )
                     ).rowcount
+                reach(Phase.CLEANUP_BATCH)
                 self._deleted += deleted
                 self._progress.report(
                     "postgres", "cleanup", self._deleted, None, "rows", str(table.name)

@@ -21,6 +21,7 @@ from psycopg import sql
 
 from cellferry.errors import PermanentError
 from cellferry.model import Copied, Move, Progress
+from cellferry.phases import Phase, reach
 from cellferry.stores.postgres import checkpoints
 from cellferry.stores.postgres.checkpoints import Checkpoint
 from cellferry.stores.postgres.conflicts import WAITING_ROOM, admit, clear_the_way, waiting_room
@@ -277,6 +278,7 @@ class Copier:
         self._tally.bytes += after.bytes - before.bytes
         self._tally.batches += 1 if rows else 0
         self._report(str(table.name))
+        reach(Phase.COPY_BATCH)
         self._throttle.take(rows, self._progress.check)
 
     def _copy_references(self, table: Table, mark: Checkpoint) -> None:

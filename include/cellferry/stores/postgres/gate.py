@@ -253,7 +253,13 @@ def import_gate(connection: Connection, move: Move, progress: Progress | None = 
 
 
 def arm_reverse(connection: Connection, move: Move) -> None:
-    """Make the destination log keys from its first write on. Part of the last delta's commit."""
+    """Make the destination log keys from its first write on. Part of the last delta's commit.
+
+    A return arms nothing: it ends its migration, and the next one arms for itself.
+    """
+    if move.returning:
+        hold_retained(connection, move)
+        return
     _change(
         connection,
         move,
@@ -287,6 +293,28 @@ def hold_capture(connection: Connection, move: Move) -> None:
         )
 
 
+def hold_retained(connection: Connection, move: Move) -> None:
+    """Hold the gate of the old cell, to which a return goes: `moved` by this very migration.
+
+    Raises:
+        WrongState: it is not; the copy behind it is not this migration's to write.
+    """
+    held = connection.execute(
+        "SELECT FROM cellferry.gate WHERE organization = %(organization)s"
+        " AND migration = %(migration)s AND state = 'moved' AND epoch = %(epoch)s FOR SHARE",
+        _facts(move),
+        prepare=True,
+    )
+    if held.rowcount != 1:
+        raise WrongState(
+            f"the gate at {move.destination.name} is not moved by migration {move.migration} any"
+            " more",
+            hint="the organization came back or was taken over; reverse rounds have ended",
+            organization=move.organization.slug,
+            where=f"{move.destination.name}/postgres",
+        )
+
+
 def hand_over_source(connection: Connection, move: Move) -> None:
     """After the flip: the source says `moved`, with the new epoch and cell. Repeatable."""
     _change(
@@ -309,12 +337,24 @@ def hand_over_destination(connection: Connection, move: Move) -> None:
         move,
         Side.DESTINATION,
         "opened",
-        "UPDATE cellferry.gate SET state = 'open', epoch = %(epoch)s + 1, changed_at = now()"
-        " WHERE organization = %(organization)s"
-        " AND migration = %(migration)s AND attempt = %(attempt)s AND armed"
-        " AND (state = 'importing' AND epoch = %(epoch)s"
-        " OR state = 'open' AND epoch = %(epoch)s + 1)",
+        _OPEN_RETAINED if move.returning else _OPEN_IMPORTED,
     )
+
+
+_OPEN_IMPORTED: LiteralString = (
+    "UPDATE cellferry.gate SET state = 'open', epoch = %(epoch)s + 1, changed_at = now()"
+    " WHERE organization = %(organization)s"
+    " AND migration = %(migration)s AND attempt = %(attempt)s AND armed"
+    " AND (state = 'importing' AND epoch = %(epoch)s"
+    " OR state = 'open' AND epoch = %(epoch)s + 1)"
+)
+_OPEN_RETAINED: LiteralString = (
+    "UPDATE cellferry.gate SET state = 'open', epoch = %(epoch)s + 1, moved_to = NULL,"
+    " changed_at = now() WHERE organization = %(organization)s"
+    " AND migration = %(migration)s AND attempt = %(attempt)s"
+    " AND (state = 'moved' AND epoch = %(epoch)s"
+    " OR state = 'open' AND epoch = %(epoch)s + 1)"
+)
 
 
 def thaw(connection: Connection, move: Move) -> None:

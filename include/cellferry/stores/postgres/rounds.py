@@ -16,6 +16,7 @@ from typing import Any
 import psycopg
 
 from cellferry.model import Move, Round
+from cellferry.phases import Phase, reach
 from cellferry.stores.postgres import gate
 from cellferry.stores.postgres.applied import Applied
 from cellferry.stores.postgres.apply import Applier
@@ -147,6 +148,7 @@ class Rounds:
                 applied = self._applier.apply(
                     known, complete=dirty.complete, before_commit=before_commit
                 )
+        reach(Phase.ROUND_APPLIED)
         left = 0
         if forget:
             self.forget(dirty)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import psycopg
 from psycopg import sql
 
-from cellferry.errors import Blocked, NotPrepared, Unreachable, VerificationFailed, WrongState
+from cellferry.errors import Blocked, NotPrepared, Unreachable, VerificationFailed
 from cellferry.model import (
     Blocker,
     Cell,
@@ -35,6 +35,7 @@ from cellferry.model import (
 )
 from cellferry.stores.base import Store, StoreMove
 from cellferry.stores.postgres import (
+    cell_conditions,
     data_map,
     data_map_file,
     gate,
@@ -311,8 +312,19 @@ class PostgresMove(StoreMove):
     def sync(self) -> Round:
         """Run one round."""
         with self._errors():
+            return self._round()
+
+    def _round(self) -> Round:
+        if not self.move.returning:
             done, _ = self._rounds().run()
             return done
+        gate.hold_capture(self._source, self.move)
+        # Whether a row may refer to another organization's is the next plan's business, until
+        # the roll-back itself asks.
+        done, _ = self._rounds(refuses_crossings=False).run(
+            before_commit=lambda: gate.hold_retained(self._destination, self.move)
+        )
+        return done
 
     def verify(self) -> Verification:
         """Compare everything; a success is what a layout is compared with later."""
@@ -335,8 +347,7 @@ class PostgresMove(StoreMove):
             self._positions = sequences.positions(self._destination, self._scope)
             self._analyze()
             self._barrier = self._make_barrier()
-            done, _ = self._rounds().run()
-            return done
+            return self._round()
 
     def _copier(self) -> Copier:
         return Copier(
@@ -348,8 +359,15 @@ class PostgresMove(StoreMove):
             self._progress,
         )
 
-    def _rounds(self) -> Rounds:
-        return Rounds(self._source, self._destination, self._scope, self._wires, self.move)
+    def _rounds(self, *, refuses_crossings: bool = True) -> Rounds:
+        return Rounds(
+            self._source,
+            self._destination,
+            self._scope,
+            self._wires,
+            self.move,
+            refuses_crossings=refuses_crossings,
+        )
 
     def _verifier(self) -> Verifier:
         return Verifier(self._source, self._destination, self._scope, self.move, self._progress)
@@ -488,37 +506,20 @@ class PostgresMove(StoreMove):
         with sessions.translate_errors(self._where(Side.SOURCE)):
             gate.thaw(self._connection(Side.SOURCE), self.move)
 
-    # ── after the flip ──────────────────────────────────────────────────────────────────────────
-
-    def reverse_sync(self) -> Round:
-        """One round from the destination back to the gated source."""
+    def check_return(self) -> tuple[Blocker, ...]:
+        """Look at the way back: gates and privileges at the old cell, and equal schemas."""
         with self._errors():
-            gate.hold_capture(self._destination, self.move)
-            rounds = Rounds(
-                self._destination,
-                self._source,
-                self._scope,
-                self._wires,
-                self.move,
-                refuses_crossings=False,
+            back = Examination(
+                Site(self.move.destination, self._destination, read_catalog(self._destination)),
+                Site(self.move.source, self._source, read_catalog(self._source)),
+                self._map,
+                self.move.organization.id,
             )
-            done, _ = rounds.run(before_commit=self._insist_on_moved_source)
-            return done
-
-    def _insist_on_moved_source(self) -> None:
-        """Hold the source's gate: a reverse round must not write where a return writes."""
-        row = self._source.execute(
-            "SELECT state, migration FROM cellferry.gate WHERE organization = %s FOR SHARE",
-            (self.move.organization.id,),
-        ).fetchone()
-        if row != (GateState.MOVED.value, self.move.migration):
-            raise WrongState(
-                f"the gate at {self.move.source.name} is not moved by migration"
-                f" {self.move.migration} any more",
-                hint="the organization came back or was taken over; reverse rounds have ended",
-                organization=self.move.organization.slug,
-                where=self._where(Side.SOURCE),
+            found = (
+                *cell_conditions.check_cell(back, back.destination, Side.DESTINATION),
+                *find_differences(back),
             )
+            return tuple(blocker for blocker in found if blocker.fatal)
 
     # ── the end ─────────────────────────────────────────────────────────────────────────────────
 

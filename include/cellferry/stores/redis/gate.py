@@ -321,13 +321,14 @@ class Gate:
                 return None  # cleaned up already
             if marker.state is GateState.OPEN and marker.epoch > self.move.epoch:
                 return None
-            if marker.state is not GateState.IMPORTING or not self._is_mine(marker):
+            if not self._receives(marker):
                 raise self._wrong(marker, "open")
             original = marker.rules or self._required(rules)
             return Change(
                 replace(
                     marker,
                     state=GateState.OPEN,
+                    cell=self.move.destination.name,
                     epoch=self.move.epoch + 1,
                     attempt=self.move.attempt,
                 ),
@@ -361,8 +362,10 @@ class Gate:
             )
         return True
 
-    def is_importing_by_us(self) -> bool:
+    def receives(self) -> bool:
         """Whether this side may be written by this migration.
+
+        It is `importing`; or, on the way back, `moved` by this very migration.
 
         Raises:
             LeaseLost: another attempt has taken over.
@@ -370,8 +373,7 @@ class Gate:
         value, lease = self.admin.call("MGET", self._gate_key, self._lease_key)
         if not self._is_ours(lease):
             raise self._lost(_lease(lease))
-        marker = Marker.parse(value)
-        return marker is not None and marker.state is GateState.IMPORTING and self._is_mine(marker)
+        return self._receives(Marker.parse(value))
 
     def deletable(self, marker: Marker | None) -> bool:
         """Whether the copy on this side is this migration's to delete (hazard 4)."""
@@ -494,6 +496,13 @@ class Gate:
 
     def _is_ours(self, lease: bytes | None) -> bool:
         return _lease(lease) == (self.move.migration, self.move.attempt)
+
+    def _receives(self, marker: Marker | None) -> bool:
+        if marker is None or not self._is_mine(marker):
+            return False
+        if self.move.returning:
+            return marker.state is GateState.MOVED and marker.epoch == self.move.epoch
+        return marker.state is GateState.IMPORTING
 
     def _is_mine(self, marker: Marker) -> bool:
         return marker.migration == self.move.migration

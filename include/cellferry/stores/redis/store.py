@@ -40,6 +40,7 @@ from cellferry.model import (
     Strategy,
     Verification,
 )
+from cellferry.phases import Phase, reach
 from cellferry.stores import base
 from cellferry.stores.redis import acl_users, inventory
 from cellferry.stores.redis.comparison import Applied, Pair, scan, settle
@@ -352,6 +353,10 @@ class RedisMove(base.StoreMove):
         compares both sides completely and repairs what differs.
         """
         started = time.monotonic()
+        if self.move.returning and not self._can_be_read_by(Side.DESTINATION, writer=Side.SOURCE):
+            note = "the old cell's engine is older: it cannot follow the new one"
+            self._progress.report(KIND, "reverse", 0, None, "keys", note)
+            return Round(0, 0, 0, time.monotonic() - started)
         applied = self._follow()
         total = self._round(ROUND_KEYS)
         feed = self._feed_alive()
@@ -481,38 +486,23 @@ class RedisMove(base.StoreMove):
         """Give the application's user at the source its rules back; exactly those it had."""
         self._gate(Side.SOURCE).thaw()
 
-    # --- soak --------------------------------------------------------------------------------
-
     @_verb
-    def reverse_sync(self) -> Round:
-        """Bring the gated source up to date with the destination, by a complete comparison.
-
-        A source whose engine is older cannot read what the destination writes; it stays as it
-        is, which plan has warned of.
-        """
-        started = time.monotonic()
-        gate = self._gate(Side.SOURCE)
-        if not gate.deletable(gate.read()):
-            raise WrongState(
-                "the source is not `moved` by this migration: it may not be written",
-                hint="reverse rounds run between the cutover and the clean-up",
-                organization=self.move.organization.id,
-                where=_where(self.move.source),
-            )
-        if not inventory.can_go_back(gate.admin, self._gate(Side.DESTINATION).admin):
-            note = "the source's engine is older: it cannot follow the destination"
-            self._progress.report(KIND, "reverse", 0, None, "keys", note)
-            return Round(0, 0, 0, time.monotonic() - started)
-        pair = Pair(
-            self._wire(Side.DESTINATION, "reverse-read"),
-            self._wire(Side.SOURCE, "reverse-compare"),
-            self._wire(Side.SOURCE, "reverse-write", writer=True),
-            prefix=self._prefix,
-            throttle=self._throttle,
-            progress=self._progress,
+    def check_return(self) -> tuple[Blocker, ...]:
+        """Ask whether the old cell's engine reads what the new cell's writes."""
+        if self._can_be_read_by(Side.SOURCE, writer=Side.DESTINATION):
+            return ()
+        return (
+            Blocker(
+                "cannot-return",
+                _where(self.move.source),
+                "its engine is older than the destination's and cannot read what that writes: a "
+                "roll-back would lose the keys written after the cutover",
+                "upgrade it first; or set one_way, which gives the roll-back up",
+            ),
         )
-        total = pair.complete_pass("reverse")
-        return Round(total.keys, len(total.unequal), total.size, time.monotonic() - started)
+
+    def _can_be_read_by(self, reader: Side, *, writer: Side) -> bool:
+        return inventory.can_go_back(self._gate(reader).admin, self._gate(writer).admin)
 
     # --- the end -----------------------------------------------------------------------------
 
@@ -677,10 +667,12 @@ class RedisMove(base.StoreMove):
 
     def _require_importing(self) -> None:
         gate = self._gate(Side.DESTINATION)
-        if not gate.is_importing_by_us():
+        if not gate.receives():
             raise WrongState(
                 "the destination is not gated for this migration",
-                hint="run the copy step first",
+                hint="the organization came back or was taken over; reverse rounds have ended"
+                if self.move.returning
+                else "run the copy step first",
                 organization=self.move.organization.id,
                 where=gate.where,
             )
@@ -736,6 +728,7 @@ class RedisMove(base.StoreMove):
                     pace.take(len(batch), while_waiting=self._progress.check)
                     self._progress.check()
                     removed = self._delete_batch(writer, gate, gate_key, batch)
+                    reach(Phase.CLEANUP_BATCH)
                     deleted += removed
                     found += removed
                 self._progress.report(KIND, "cleanup", deleted, None, "keys")
