@@ -1,0 +1,1 @@
+"""Re-sharding of consistent-hash stores: moving keys between shards while clients work."""
