@@ -22,7 +22,8 @@ class Scenario:
         """The same with other bounds."""
         model = replace(self.model, scripts=scripts, **changes)
         start = self.start._replace(faults=faults, writers=_writers(model))
-        return replace(self, name=name, start=start, model=model)
+        about = f"{self.about.partition(';')[0]}; writers: {len(scripts)}"
+        return replace(self, name=name, about=about, start=start, model=model)
 
 
 def _writers(model: Model) -> tuple[Writer, ...]:
