@@ -29,7 +29,7 @@ Command = Callable[..., Any]
 _ORDER = [
     *("plan", "move", "status", "abort", "cleanup"),
     *("copy", "sync", "verify", "cutover", "soak"),
-    *("map", "prepare-cell", "topology"),
+    *("map", "prepare-cell", "topology", "evidence"),
 ]
 
 
@@ -438,6 +438,79 @@ def install_topology(config: Path | None) -> None:
         for name, cell in context.settings.cells.items():
             context.topology.register_cell(name, cell.region, cell.legacy)
     click.echo("topology is up to date")
+
+
+@main.group()
+def evidence() -> None:
+    """What a migration leaves for people who were not there: packs, and checking them."""
+
+
+@evidence.command("export", short_help="Write the evidence pack of a migration.")
+@click.argument("migration", type=click.IntRange(min=1))
+@click.option(
+    "--to",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where packs are kept; default: CELLFERRY_EVIDENCE, else ./evidence",
+)
+@click.option(
+    "--writers",
+    type=click.Path(path_type=Path),
+    help="JSON of what writers waited in the cutover: seconds, as a list or by writer.",
+)
+@_json_option
+@click.pass_obj
+def export_evidence(
+    config: Path | None, migration: int, to: Path | None, writers: Path | None, as_json: bool
+) -> None:
+    """Write the evidence pack of a migration: a document, a page, and their hash in the audit.
+
+    While an old copy is kept, both copies are counted and hashed. May be repeated.
+    """
+    from cellferry.evidence import export_pack
+
+    pauses = _read_pauses(writers) if writers is not None else None
+    with _context(config, quiet=as_json) as context:
+        pack = export_pack(context, migration, to, writers=pauses)
+    if as_json:
+        click.echo(json.dumps(pack.as_dict()))
+    else:
+        click.echo(f"{pack.organization}: {pack.directory}\n  sha256 {pack.hash} (in the audit)")
+
+
+def _read_pauses(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidInput(
+            f"{path} cannot be read as JSON: {error}",
+            hint="give a JSON list of seconds, or an object of seconds by writer",
+        ) from error
+
+
+@evidence.command("verify", short_help="Check a pack, and recompute what still can be.")
+@click.argument("directory", type=click.Path(path_type=Path))
+@_json_option
+@click.pass_obj
+def verify_evidence(config: Path | None, directory: Path, as_json: bool) -> None:
+    """Check a pack's files and hash, and recompute what still can be recomputed.
+
+    Exit status 1 when anything differs.
+    """
+    from cellferry.evidence import Outcome, check_pack
+    from cellferry.evidence.reporting import render_checks
+    from cellferry.migration.result import plain
+
+    with _context(config, quiet=True) as context:
+        checks = check_pack(context, directory)
+    holds = all(one.outcome is not Outcome.DIFFERS for one in checks)
+    if as_json:
+        click.echo(
+            json.dumps({"directory": str(directory), "holds": holds, "checks": plain(checks)})
+        )
+    else:
+        render_checks(checks, directory)
+    if not holds:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from cellferry.orchestration.reporting import Lane, complaint, lane, plan_row, table
+import pytest
+
+from cellferry.errors import Unreachable
+from cellferry.orchestration.reporting import (
+    Lane,
+    complaint,
+    keep_evidence,
+    lane,
+    plan_row,
+    table,
+)
 
 STEPS = ("plan", "copy", "sync")
 
@@ -94,3 +104,23 @@ def test_a_blocked_plan_shows_its_blockers() -> None:
     row = plan_row("acme", plan)
     assert row["outcome"] == "blocked: schema-differs"
     assert (row["rows"], row["size"], row["write pause"]) == ("1,200", "4.8 MiB", "about 40 ms")
+
+
+def test_a_pack_that_cannot_be_written_fails_no_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = []
+
+    def export(_: object, migration: int) -> None:
+        asked.append(migration)
+        raise Unreachable("the topology does not answer")
+
+    monkeypatch.setattr("cellferry.evidence.export_pack", export)
+    monkeypatch.delenv("CELLFERRY_EVIDENCE", raising=False)
+    keep_evidence(object(), [1, 2])  # type: ignore[arg-type]
+    assert asked == [], "this deployment keeps none"
+    monkeypatch.setenv("CELLFERRY_EVIDENCE", "/srv/evidence")
+    with caplog.at_level("WARNING"):
+        keep_evidence(object(), [1, 2])  # type: ignore[arg-type]
+    assert asked == [1, 2]
+    assert "no evidence pack of migration 2: the topology does not answer" in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cellferry.errors import VerificationFailed
 from cellferry.migration.context import Context, attempt
+from cellferry.migration.positions import FACT, positions
 from cellferry.migration.result import StepResult, plain
 from cellferry.model import State, Strategy, Verification
 from cellferry.phases import Phase, reach
@@ -36,7 +37,10 @@ def verify(context: Context, migration_id: int) -> StepResult:
         if at.move.strategy is Strategy.ONLINE:
             for kind, store in at.stores.items():
                 evidence[kind] = store.verify()
-        facts = {"verified": plain(evidence)}
+        facts = {
+            "verified": plain(evidence),
+            f"{FACT}verified": positions((at.move.source, at.move.destination), at.stores),
+        }
         failed = {kind: found for kind, found in evidence.items() if not found.ok}
         if failed:
             at.record(facts)

@@ -6,6 +6,7 @@ the leaf fails then, and says which, why and what to do.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,10 @@ from cellferry.migration.reporting import size
 from cellferry.orchestration.progress import duration
 
 if TYPE_CHECKING:
+    from cellferry.migration import Context
     from cellferry.model import Migration
+
+log = logging.getLogger(__name__)
 
 _ENDED_BADLY = ("failed", "upstream_failed", "removed", None)
 _NUMBERS = frozenset(
@@ -178,3 +182,20 @@ def complaint(lanes: Sequence[Lane], group: str) -> str | None:
             "it goes on where it stopped, the others are not touched."
         )
     return "\n".join(lines)
+
+
+def keep_evidence(ferry: Context, migrations: Sequence[int]) -> None:
+    """Write each migration's evidence pack where the deployment keeps them, if it does.
+
+    A pack that cannot be written fails nothing: it can be exported at any time.
+    """
+    from cellferry.errors import CellferryError
+    from cellferry.evidence import export_pack, is_kept
+
+    for migration in migrations if is_kept() else ():
+        try:
+            pack = export_pack(ferry, migration)
+        except (CellferryError, OSError) as error:
+            log.warning("no evidence pack of migration %s: %s", migration, error)
+        else:
+            log.info("evidence: %s, sha256 %s", pack.directory, pack.hash)

@@ -81,6 +81,7 @@ def report() -> dict[str, int]:
     else:
         with step_context() as ferry:
             migrations = migrations_of(ferry, organizations, params["destination"])
+            reporting.keep_evidence(ferry, [one.id for one in migrations.values() if one])
         for one, organization in zip(lanes, organizations, strict=True):
             rows.append(reporting.move_row(one, migrations[organization["id"]]))
     return _say(lanes, rows)
@@ -99,6 +100,9 @@ def report_clean_up() -> dict[str, int]:
             reporting.clean_up_row(one, ferry.topology.migration(organization["migration"]))
             for one, organization in zip(lanes, organizations, strict=True)
         ]
+        reporting.keep_evidence(
+            ferry, [organization["migration"] for organization in organizations]
+        )
     return _say(lanes, rows)
 
 

@@ -101,6 +101,16 @@ def same_value(one: bytes, other: bytes) -> bool:
         return False
 
 
+def settled_value(payload: bytes) -> bytes:
+    """Return the value in `payload` without what says nothing of it: order, version, checksum."""
+    if payload[0] in (_SET, _HASH, _VALKEY_HASH_WITH_EXPIRY):
+        try:
+            return payload[:1] + b"".join(part for one in _members(payload) for part in one)
+        except (IndexError, ValueError):
+            pass  # an encoding of a newer engine: as it stands
+    return payload[:-FOOTER]
+
+
 def _members(payload: bytes) -> list[tuple[bytes, ...]]:
     """Members of a set or fields of a hash as they are encoded, sorted."""
     kind = payload[0]
