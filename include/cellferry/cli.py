@@ -10,7 +10,7 @@ import getpass
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from cellferry.errors import CellferryError, InvalidInput, WrongState
 
 if TYPE_CHECKING:
     from cellferry.migration import Context, ProgressEvent
-    from cellferry.model import Actor, Migration
+    from cellferry.model import Actor, Blocker, Migration
 
 Command = Callable[..., Any]
 
@@ -300,23 +300,59 @@ def abort(config: Path | None, organization: str, reason: str, as_json: bool) ->
 @main.command("roll-back", short_help="Bring an organization back after the flip, without loss.")
 @click.argument("organization")
 @click.option("--reason", default="rolled back by the operator", help="For the audit.")
+@click.option(
+    "--ttl",
+    "ttl_s",
+    type=click.FloatRange(0, 90 * 86_400),
+    help="Seconds until the new cell's copy may be cleaned up; else as for the move.",
+)
+@click.option("--dry-run", is_flag=True, help="Only say what would keep it, or stay behind.")
 @_json_option
 @click.pass_obj
-def roll_back(config: Path | None, organization: str, reason: str, as_json: bool) -> None:
+def roll_back(
+    config: Path | None,
+    organization: str,
+    reason: str,
+    ttl_s: float | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
     """Bring an organization back to its old cell with everything it wrote since the cutover.
 
-    A short write pause, as a cutover. Works until the old copy is cleaned up.
+    A short write pause, as a cutover. Works until the old copy is cleaned up. Both cells are
+    needed: from a dead cell nothing can be brought back.
     """
     from cellferry.migration import steps
 
     with _context(config, quiet=as_json) as context:
         migration = steps.migration_to_roll_back(context, organization)
-        result = steps.roll_back(context, migration.id, reason)
+        if dry_run:
+            found = steps.examine_return(context, migration.id)
+            _show_return(migration, found, as_json)
+            if any(one.fatal for one in found):
+                raise SystemExit(1)
+            return
+        result = steps.roll_back(context, migration.id, reason, ttl_s=ttl_s)
     click.echo(
         json.dumps(result.as_dict())
         if as_json
         else f"{result.organization}: {result.summary} ({result.state})"
     )
+
+
+def _show_return(migration: Migration, found: Sequence[Blocker], as_json: bool) -> None:
+    """Print what keeps an organization from going back, and what would stay behind."""
+    from cellferry.migration.result import plain
+
+    if as_json:
+        click.echo(json.dumps({"migration": migration.id, "blockers": plain(list(found))}))
+        return
+    for one in found:
+        word = "blocks" if one.fatal else "stays"
+        click.echo(f"{word} {one.code}: {one.where}: {one.reason}\n  remedy: {one.remedy}")
+    if not any(one.fatal for one in found):
+        way = f"{migration.destination} to {migration.source}"
+        click.echo(f"{migration.organization.slug} can go back from {way}; nothing was changed")
 
 
 @main.command(short_help="Say where an organization is, and what comes next.")

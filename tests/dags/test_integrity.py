@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 
-IDS = ["clean_up_organizations", "migrate_organizations", "prepare_cell", "reverse_rounds"]
+IDS = [
+    *("clean_up_organizations", "migrate_organizations", "prepare_cell", "reverse_rounds"),
+    "roll_back_organizations",
+]
 
 #: Loads the DAG files as the DAG processor does, and says what that took and gave.
 LOAD = """

@@ -16,6 +16,7 @@ FORMS = {
     "prepare_cell": params.prepare_cell_params(),
     "clean_up_organizations": params.clean_up_organizations_params(),
     "reverse_rounds": params.reverse_rounds_params(),
+    "roll_back_organizations": params.roll_back_organizations_params(),
 }
 GOOD = {"organizations": ["acme"], "destination": "cell-2"}
 

@@ -13,7 +13,12 @@ LANE = ["plan", "copy", "sync", "verify", "cutover", "soak", "wait_for_ttl", "cl
 GROUPED = [("migrate_organizations", step) for step in LANE] + [
     ("clean_up_organizations", step) for step in ("wait_for_ttl", "cleanup")
 ]
-DAGS = ["clean_up_organizations", "migrate_organizations", "prepare_cell", "reverse_rounds"]
+WAY_BACK = ["roll_back", "wait_for_ttl", "cleanup"]
+GROUPED += [("roll_back_organizations", step) for step in WAY_BACK]
+DAGS = [
+    *("clean_up_organizations", "migrate_organizations", "prepare_cell", "reverse_rounds"),
+    "roll_back_organizations",
+]
 
 
 def test_a_lane_is_a_chain_in_order(bag: Any) -> None:
@@ -33,6 +38,7 @@ def test_every_task_of_a_lane_shows_its_organization(bag: Any, dag_id: str, step
     ("migrate_organizations", "report"),
     ("clean_up_organizations", "report_clean_up"),
     ("prepare_cell", "report_cells"),
+    ("roll_back_organizations", "report_roll_back"),
 ])  # fmt: skip
 def test_the_only_leaf_reports_whatever_happened(bag: Any, dag_id: str, leaf: str) -> None:
     dag = bag.dags[dag_id]
@@ -56,12 +62,24 @@ def test_a_lane_survives_an_outage_of_minutes(bag: Any, dag_id: str, step: str) 
     assert sum(waits) >= 180
 
 
-def test_a_killed_cutover_is_tried_again_within_seconds(bag: Any) -> None:
-    task = bag.dags["migrate_organizations"].get_task("organization.cutover")
+def test_the_way_back_is_a_chain_in_order(bag: Any) -> None:
+    dag = bag.dags["roll_back_organizations"]
+    for before, after in pairwise(WAY_BACK):
+        assert f"organization.{before}" in dag.get_task(f"organization.{after}").upstream_task_ids
+
+
+@pytest.mark.parametrize(
+    ("dag_id", "step"),
+    [("migrate_organizations", "cutover"), ("roll_back_organizations", "roll_back")],
+)
+def test_a_killed_barrier_is_tried_again_within_seconds(bag: Any, dag_id: str, step: str) -> None:
+    task = bag.dags[dag_id].get_task(f"organization.{step}")
     assert task.retry_delay.total_seconds() <= 2
 
 
-@pytest.mark.parametrize("dag_id", ["migrate_organizations", "prepare_cell"])
+@pytest.mark.parametrize(
+    "dag_id", ["migrate_organizations", "prepare_cell", "roll_back_organizations"]
+)
 def test_dry_run_is_the_default(bag: Any, dag_id: str) -> None:
     assert bag.dags[dag_id].params["dry_run"] is True
 

@@ -163,7 +163,8 @@ def _freeze_and_finish(at: Attempt, timings: Timings) -> None:
         raise DrainTimeout(
             f"the freeze took {timings.elapsed():.1f} s, over its deadline of "
             f"{at.move.limits.freeze_deadline_s:g} s",
-            hint="the source serves again; raise freeze_deadline_s or move at a quieter hour",
+            hint=f"{at.move.source.name} serves again; raise freeze_deadline_s or choose a quieter "
+            "hour",
         )
 
 
@@ -200,7 +201,7 @@ def _settle_flip(at: Attempt, turn: Turn, error: OutcomeUnknown) -> None:
             raise
     thaw(at)
     raise TransientError(
-        "the flip's commit was lost and did not happen; the source serves again",
+        f"the flip's commit was lost and did not happen; {at.move.source.name} serves again",
         hint=f"try the {turn.name} again",
     ) from error
 

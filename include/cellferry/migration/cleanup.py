@@ -8,7 +8,8 @@ from cellferry.migration.result import StepResult, plain
 from cellferry.model import Side, State
 from cellferry.phases import Phase, reach
 
-ALLOWED = frozenset({State.RETAINED, State.CLEANING, State.ROLLED_BACK})
+ALLOWED = frozenset({State.RETAINED, State.CLEANING})
+AFTER_ROLL_BACK = frozenset({State.ROLLED_BACK})
 
 
 def cleanup(context: Context, migration_id: int) -> StepResult:
@@ -35,8 +36,19 @@ def cleanup(context: Context, migration_id: int) -> StepResult:
             migration.facts.get("cleaned", {}),
             repeated=True,
         )
+    if rolled_back and not migration.facts.get("handed_back"):
+        raise WrongState(
+            f"migration {migration_id} is rolled back, but {migration.source} was not opened yet",
+            organization=migration.organization.slug,
+            step="cleanup",
+            hint=f"cellferry roll-back {migration.organization.slug}, which finishes that",
+        )
     context.topology.may_clean(migration_id)
-    with attempt(context, migration_id, "cleanup", ALLOWED, returning=rolled_back) as at:
+    # Which copy goes is decided here, and holds only while the migration is on the same side of a
+    # roll-back: one that ends meanwhile must not find its own copy deleted.
+    allowed = AFTER_ROLL_BACK if rolled_back else ALLOWED
+    with attempt(context, migration_id, "cleanup", allowed, returning=rolled_back) as at:
+        context.topology.may_clean(migration_id)
         if at.migration.state is State.RETAINED:
             at.transition(State.CLEANING)
         reach(Phase.CLEANUP_BEGUN)

@@ -245,13 +245,13 @@ def attempt(
 
     Raises:
         WrongState: the migration's state is not in `allowed`.
-        Paused, Halted: a person stopped it.
+        Paused, Halted: a person stopped it; whoever works on it keeps it.
     """
     topology = context.topology
     migration = topology.migration(migration_id)
     _insist_on_state(migration, step, allowed)
     holder = f"{socket.gethostname()}:{os.getpid()}:{step}"
-    number = topology.take_lease(migration_id, holder, context.actor)
+    number = topology.take_lease(migration_id, holder, context.actor, stoppable)
     # An older attempt may have flipped just before: it goes on at the stores if this step cannot.
     migration = topology.migration(migration_id)
     _insist_on_state(migration, step, allowed)

@@ -81,7 +81,7 @@ def _insist_on_return(at: Attempt) -> None:
     """
     if at.options.one_way:
         return
-    found = [blocker for store in at.stores.values() for blocker in store.check_return()]
+    found = [one for store in at.stores.values() for one in store.check_return() if one.fatal]
     if found:
         raise Blocked(
             "a roll-back would not work: "

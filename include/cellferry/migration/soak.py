@@ -38,7 +38,7 @@ def soak(context: Context, migration_id: int) -> StepResult:
         last: dict[str, Round] = {}
         while True:
             _check_route(at)
-            last = {kind: store.sync() for kind, store in at.stores.items()}
+            last = replay(at)
             rounds += 1
             elapsed = time.monotonic() - started
             at.progress.report("soak", "soak", int(elapsed), int(at.options.soak_s), "s")
@@ -69,7 +69,7 @@ def reverse_round(context: Context, migration_id: int) -> StepResult:
     """
     retained = frozenset({State.RETAINED})
     with attempt(context, migration_id, "reverse round", retained, returning=True) as at:
-        rounds = {kind: store.sync() for kind, store in at.stores.items()}
+        rounds = replay(at)
         return StepResult(
             "reverse round",
             migration_id,
@@ -78,6 +78,18 @@ def reverse_round(context: Context, migration_id: int) -> StepResult:
             "; ".join(f"{kind}: {one.applied} keys" for kind, one in rounds.items()),
             plain(rounds),
         )
+
+
+def replay(at: Attempt) -> dict[str, Round]:
+    """One reverse round of every store; keep with the migration what the old cell now has.
+
+    The fact `reversed`: everything acknowledged before `at` is there, unless a round was bounded.
+    """
+    began = at.context.topology.now()
+    rounds = {kind: store.sync() for kind, store in at.stores.items()}
+    counts = {kind: one.applied for kind, one in rounds.items()}
+    at.record({"reversed": {"at": began.isoformat(), "applied": counts}})
+    return rounds
 
 
 def _check_route(at: Attempt) -> None:

@@ -12,7 +12,7 @@ from cellferry.migration.copy import copy
 from cellferry.migration.cutover import cutover
 from cellferry.migration.plan import plan
 from cellferry.migration.prepare import check_cell, prepare_cell, unprepare_cell
-from cellferry.migration.roll_back import migration_to_roll_back, roll_back
+from cellferry.migration.roll_back import examine_return, migration_to_roll_back, roll_back
 from cellferry.migration.soak import reverse_round, soak
 from cellferry.migration.status import status, unfinished
 from cellferry.migration.sync import sync
@@ -24,6 +24,7 @@ __all__ = [
     "cleanup",
     "copy",
     "cutover",
+    "examine_return",
     "migration_to_roll_back",
     "plan",
     "prepare_cell",

@@ -143,7 +143,12 @@ def replay_back() -> dict[str, int]:
 
 
 def wants_reverse_round(ferry: Context, migration: Migration) -> bool:
-    """Whether a retained migration is neither near its clean-up nor taken over by a newer one."""
+    """Whether a retained migration is neither stopped, near its clean-up nor taken over."""
+    from cellferry.model import State
+
+    migration = ferry.topology.migration(migration.id)
+    if migration.state is not State.RETAINED or migration.paused or migration.halted:
+        return False
     until = migration.ttl_until
     if until is None or until - ferry.topology.now() < LEAVE_TO_CLEAN_UP:
         return False

@@ -207,6 +207,36 @@ def migrate_organizations_params() -> dict[str, Param]:
     }
 
 
+def roll_back_organizations_params() -> dict[str, Param]:
+    """Return the form of `roll_back_organizations`."""
+    return {
+        "organizations": migrate_organizations_params()["organizations"],
+        "reason": Param(
+            type="string",
+            minLength=3,
+            maxLength=1_000,
+            title="Reason",
+            description="Why. It goes into the audit.",
+            examples=["errors since the move"],
+            section=_WHAT,
+        ),
+        "dry_run": _dry_run(
+            "On: only say what would keep an organization, or stay behind; nothing is changed. "
+            "Switch it off to go back."
+        ),
+        "ttl_s": Param(
+            None,
+            type=["null", "number"],
+            minimum=0,
+            maximum=90 * 86_400,
+            title="TTL (s)",
+            description="From the way back to the clean-up of the new cell's copy. Empty: as for "
+            "the move.",
+            section=_AFTER,
+        ),
+    }
+
+
 def prepare_cell_params() -> dict[str, Param]:
     """Return the form of `prepare_cell`."""
     return {
@@ -280,6 +310,31 @@ class MoveRequest(_Strict):
         """The options of each organization's move."""
         options: MoveOptions = self.options
         return options
+
+
+class RollBackRequest(_Strict):
+    """A checked request of `roll_back_organizations`; says nothing yet of what exists."""
+
+    organizations: list[str] = Field(min_length=1, max_length=ORGANIZATIONS_PER_REQUEST)
+    reason: str = Field(min_length=3, max_length=1_000)
+    dry_run: bool = True
+    ttl_s: float | None = Field(None, ge=0, le=90 * 86_400)
+
+
+def read_roll_back_request(params: Mapping[str, Any]) -> RollBackRequest:
+    """Read the Params of `roll_back_organizations` strictly.
+
+    Raises:
+        InvalidInput: a Param is unknown, missing, of the wrong type or out of bounds. All faults
+            are named.
+    """
+    refuse_unknown(params, roll_back_organizations_params())
+    try:
+        return RollBackRequest.model_validate(dict(params))
+    except ValidationError as error:
+        raise InvalidInput(
+            "; ".join(_faults(error)), hint="correct the Params and trigger a new run"
+        ) from None
 
 
 def read_move_request(params: Mapping[str, Any]) -> MoveRequest:

@@ -113,6 +113,22 @@ def move_row(one: Lane, migration: Migration | None) -> dict[str, str]:
     }
 
 
+def roll_back_row(one: Lane, migration: Migration, *, dry_run: bool) -> dict[str, str]:
+    """Return the row of a roll-back; in a dry run it says whether it would go."""
+    facts = migration.facts
+    pause = facts.get("pause_back", {}).get("seconds")
+    deleted = facts.get("cleaned", {}).values() if migration.state == "rolled_back" else ()
+    return {
+        "organization": one.slug,
+        "outcome": (("can go back" if one.ok else "cannot go back") if dry_run else "")
+        or _outcome(one, migration),
+        "from → to": f"{migration.destination} → {migration.source}",
+        "gate closed": f"{1000 * float(pause):.0f} ms" if pause is not None else "",
+        "stays behind": "; ".join(facts.get("notes_back", ())),
+        "deleted": f"{sum(int(found['deleted']) for found in deleted):,}" if deleted else "",
+    }
+
+
 def clean_up_row(one: Lane, migration: Migration) -> dict[str, str]:
     """Return the row of a clean-up."""
     row = move_row(one, migration)

@@ -73,21 +73,24 @@ class CleanUpStarter(RunStarter):
         super().execute(context)
 
 
-def clean_up_request(migrations: Sequence[Migration]) -> dict[str, Any]:
+def clean_up_request(
+    migrations: Sequence[Migration], state: State = State.RETAINED
+) -> dict[str, Any]:
     """Return the request for the clean-up run of those that are retained; empty for none.
+
+    With `state` rolled back it is about the copies at the new cells.
 
     Its name follows from what is in it: a retry starts it once. When an organization is repeated
     later, the larger set gets a run of its own, which leaves out what is cleaned by then.
     """
-    retained = {
-        one.id: one.ttl_until for one in migrations if one.state is State.RETAINED and one.ttl_until
-    }
+    retained = {one.id: one.ttl_until for one in migrations if one.state is state and one.ttl_until}
     if not retained:
         return {}
     numbers = sorted(retained)
+    name = "clean_up" if state is State.RETAINED else "clean_up_after_roll_back"
     digest = hashlib.sha256(repr(numbers).encode()).hexdigest()[:12]
     return {
-        "run_id": f"clean_up__{numbers[0]}-{numbers[-1]}__{digest}",
+        "run_id": f"{name}__{numbers[0]}-{numbers[-1]}__{digest}",
         "conf": {"migrations": numbers},
         "run_after": max(retained.values()).isoformat(),
     }

@@ -69,8 +69,8 @@ def report() -> dict[str, int]:
 
     airflow = get_current_context()
     params = airflow["params"]
-    organizations = _organizations(airflow, "validate")
-    lanes = _lanes(airflow, organizations, MOVE_STEPS)
+    organizations = organizations_of(airflow, "validate")
+    lanes = lanes_of(airflow, organizations, MOVE_STEPS)
     rows = []
     if params["dry_run"]:
         for one in lanes:
@@ -84,7 +84,7 @@ def report() -> dict[str, int]:
             reporting.keep_evidence(ferry, [one.id for one in migrations.values() if one])
         for one, organization in zip(lanes, organizations, strict=True):
             rows.append(reporting.move_row(one, migrations[organization["id"]]))
-    return _say(lanes, rows)
+    return say(lanes, rows)
 
 
 @task(multiple_outputs=False, trigger_rule="all_done", **BRIEF)
@@ -93,8 +93,8 @@ def report_clean_up() -> dict[str, int]:
     from cellferry.orchestration import reporting
 
     airflow = get_current_context()
-    organizations = _organizations(airflow, "validate_clean_up")
-    lanes = _lanes(airflow, organizations, CLEAN_UP_STEPS)
+    organizations = organizations_of(airflow, "validate_clean_up")
+    lanes = lanes_of(airflow, organizations, CLEAN_UP_STEPS)
     with step_context() as ferry:
         rows = [
             reporting.clean_up_row(one, ferry.topology.migration(organization["migration"]))
@@ -103,10 +103,10 @@ def report_clean_up() -> dict[str, int]:
         reporting.keep_evidence(
             ferry, [organization["migration"] for organization in organizations]
         )
-    return _say(lanes, rows)
+    return say(lanes, rows)
 
 
-def _organizations(airflow: Any, task_id: str) -> Sequence[Mapping[str, Any]]:
+def organizations_of(airflow: Any, task_id: str) -> Sequence[Mapping[str, Any]]:
     """Return the run's lanes, or fail because the input was refused."""
     from airflow.sdk.exceptions import AirflowFailException
 
@@ -122,7 +122,7 @@ def _organizations(airflow: Any, task_id: str) -> Sequence[Mapping[str, Any]]:
     return organizations
 
 
-def _lanes(airflow: Any, organizations: Sequence[Mapping[str, Any]], steps: Sequence[str]) -> Any:
+def lanes_of(airflow: Any, organizations: Sequence[Mapping[str, Any]], steps: Sequence[str]) -> Any:
     """Read how each lane ended, and the reasons that failed tasks left."""
     from dataclasses import replace
 
@@ -145,7 +145,7 @@ def _lanes(airflow: Any, organizations: Sequence[Mapping[str, Any]], steps: Sequ
     return lanes
 
 
-def _say(lanes: Any, rows: Sequence[Mapping[str, str]]) -> dict[str, int]:
+def say(lanes: Any, rows: Sequence[Mapping[str, str]]) -> dict[str, int]:
     """Print the table; fail with what to do when a lane failed."""
     from airflow.sdk.exceptions import AirflowFailException
 

@@ -34,7 +34,10 @@ CUTOVERS_AT_ONCE = 1
 CLEAN_UPS_AT_ONCE = 2
 
 #: What is nearer to its end goes first, so that organizations spend little time half moved.
-_PRIORITY = {step: number for number, step in enumerate(MOVE_STEPS, start=1)} | {"cutover": 20}
+_PRIORITY = {step: number for number, step in enumerate(MOVE_STEPS, start=1)} | {
+    "cutover": 20,
+    "roll_back": 20,
+}
 
 _NAMES_A_TASK = "{{ task.op_kwargs['organization']['slug'] }}"
 _NAMES_A_SENSOR = "{{ task.organization['slug'] }}"
@@ -50,6 +53,12 @@ def _step(name: str, **more: Any) -> dict[str, Any]:
         **PATIENT,
         **more,
     }
+
+
+def in_lane(name: str, *, is_sensor: bool = False, **more: Any) -> dict[str, Any]:
+    """Return what a task of step `name` in another lane has in common with those here."""
+    template = _NAMES_A_SENSOR if is_sensor else _NAMES_A_TASK
+    return {**_step(name, **more), "map_index_template": template}
 
 
 @task(multiple_outputs=False, **_step("plan", max_active_tis_per_dag=COPIES_AT_ONCE))

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from cellferry.migration import Context
     from cellferry.model import Migration, Organization
 
-#: How a clean-up run's task answers for a migration that needs none any more.
-_OVER = frozenset({State.COMPLETED, State.ROLLED_BACK})
-
 _PART = re.compile(r"(?P<base>.+)\.part-(?P<part>\d+)-of-(?P<parts>\d+)")
 
 
@@ -146,9 +143,12 @@ def check_clean_up(context: Context, migrations: Sequence[int]) -> list[dict[str
         except InvalidInput as error:
             faults.append(error.message)
             continue
-        if migration.state in _OVER:
+        rolled_back = migration.state is State.ROLLED_BACK
+        if migration.state is State.COMPLETED or (
+            rolled_back and not context.topology.live_resources(number)
+        ):
             continue
-        if migration.state not in (State.RETAINED, State.CLEANING):
+        if not rolled_back and migration.state not in (State.RETAINED, State.CLEANING):
             faults.append(
                 f"migration {number} of {migration.organization.slug} is {migration.state}"
             )
@@ -164,6 +164,6 @@ def check_clean_up(context: Context, migrations: Sequence[int]) -> list[dict[str
         raise InvalidInput(
             f"{len(faults)} of {len(migrations)} migrations cannot be cleaned up: "
             + "; ".join(faults),
-            hint="only retained migrations have an old copy to delete",
+            hint="only migrations that are retained or rolled back have a copy to delete",
         )
     return needed

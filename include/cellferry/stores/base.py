@@ -176,7 +176,8 @@ class StoreMove(ABC):
         """Say what would keep this move from being rolled back without loss. Read-only.
 
         Asked of the move on its way out, before its route may be flipped: privileges, gates and
-        versions that the way back needs.
+        versions that the way back needs. Asked again of the turned move before it goes back: it
+        then also says which rows must not come along, and what would stay behind (not fatal).
         """
 
     @abstractmethod

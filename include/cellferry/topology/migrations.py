@@ -44,6 +44,9 @@ HEARTBEAT_S = 5.0
 #: Transitions that change the route as well.
 FLIPS = {(State.CUTTING_OVER, State.SOAKING), (State.ROLLING_BACK, State.ROLLED_BACK)}
 
+#: Begins the reason of the pause that keeps clean-ups away from a roll-back; its flip lifts it.
+ROLL_BACK_PAUSE = "it is being rolled back"
+
 _COLUMNS = """
 SELECT m.id, m.organization, o.slug, m.source, m.destination, m.state, m.epoch, m.attempt,
        m.strategy, m.paused, m.halted, m.last_error, m.ttl_until, m.options, m.facts,
@@ -149,7 +152,9 @@ class Migrations:
 
         return self._database.run(work)
 
-    def take_lease(self, migration_id: int, holder: str, actor: Actor) -> int:
+    def take_lease(
+        self, migration_id: int, holder: str, actor: Actor, stoppable: bool = False
+    ) -> int:
         """Take the migration over: return a new attempt number; every older one is lost.
 
         Works in every state, paused and halted ones too: `check_lease` tells.
@@ -158,6 +163,11 @@ class Migrations:
             migration_id: the migration.
             holder: what a person needs to find the holder: host, process, DAG run and try.
             actor: for the audit.
+            stoppable: leave a paused or halted migration to whoever has it: a step that may not
+                run now must not take it from one that may, such as a roll-back.
+
+        Raises:
+            Paused, Halted: only with `stoppable`; the lease stays where it was.
         """
 
         def work(connection: psycopg.Connection[Any]) -> int:
@@ -172,6 +182,8 @@ class Migrations:
             if row is None:
                 raise _no_migration(migration_id)
             attempt, organization = row
+            if stoppable:
+                _insist_on_running(connection, migration_id)
             audit.write(
                 connection,
                 "lease",
@@ -197,34 +209,18 @@ class Migrations:
         def work(connection: psycopg.Connection[Any]) -> None:
             row = connection.execute(
                 """
-                SELECT m.attempt, m.paused, m.paused_reason, m.paused_by,
-                       COALESCE(m.halted, (SELECT format('cell %%s: %%s', c.name, c.halted)
-                           FROM topology.cell AS c WHERE c.halted IS NOT NULL
-                               AND c.name IN (m.source, m.destination) LIMIT 1)),
-                       m.halted_by, m.organization, m.holder,
-                       m.heartbeat_at < now() - make_interval(secs => %s)
-                FROM topology.migration AS m WHERE m.id = %s
+                SELECT attempt, organization, holder,
+                       heartbeat_at < now() - make_interval(secs => %s)
+                FROM topology.migration WHERE id = %s
                 """,
                 [HEARTBEAT_S, migration_id],
             ).fetchone()
             if row is None:
                 raise _no_migration(migration_id)
-            newest, paused, why_paused, paused_by, halted, halted_by, org, holder, quiet = row
+            newest, org, holder, quiet = row
             if newest != attempt:
                 raise _lease_lost(migration_id, attempt, newest, holder, org)
-            if halted is not None:
-                raise Halted(
-                    f"the migration is halted{_by(halted_by)}: {halted}",
-                    organization=org,
-                    hint="clear the halt when its reason is gone",
-                )
-            if paused:
-                raise Paused(
-                    f"the migration is paused{_by(paused_by)}"
-                    + (f": {why_paused}" if why_paused else ""),
-                    organization=org,
-                    hint="resume it and run the step again",
-                )
+            _insist_on_running(connection, migration_id)
             if quiet:
                 connection.execute("SET LOCAL synchronous_commit = off")
                 connection.execute(
@@ -419,7 +415,8 @@ class Migrations:
         """The commit point of a roll-back: the route goes back to the source, at epoch N + 2.
 
         As `flip`: state `rolling_back` to `rolled_back`; the copy that is kept until the TTL has
-        passed is the destination's now.
+        passed is the destination's now. A pause for the sake of the roll-back ends with it; one
+        that a person set for another reason stays.
 
         Raises:
             OutcomeUnknown, LeaseLost, WrongState: as `flip`.
@@ -441,6 +438,16 @@ class Migrations:
                 facts,
                 reason,
             )
+            lifted = connection.execute(
+                """
+                UPDATE topology.migration
+                SET paused = false, paused_reason = NULL, paused_by = NULL
+                WHERE id = %s AND paused AND starts_with(paused_reason, %s)
+                """,
+                [current.id, ROLL_BACK_PAUSE],
+            ).rowcount
+            if lifted:
+                _note(connection, "resumed", current, actor, "rolled back")
             return back
 
         return self._database.run(work, repeatable=False)
@@ -660,6 +667,36 @@ def _change_authority(
     )
 
 
+def _insist_on_running(connection: psycopg.Connection[Any], migration_id: int) -> None:
+    """Raise when a person stopped the migration, or one of its cells."""
+    row = connection.execute(
+        """
+        SELECT m.paused, m.paused_reason, m.paused_by,
+               COALESCE(m.halted, (SELECT format('cell %%s: %%s', c.name, c.halted)
+                   FROM topology.cell AS c WHERE c.halted IS NOT NULL
+                       AND c.name IN (m.source, m.destination) LIMIT 1)),
+               m.halted_by, m.organization
+        FROM topology.migration AS m WHERE m.id = %s
+        """,
+        [migration_id],
+    ).fetchone()
+    if row is None:
+        raise _no_migration(migration_id)
+    paused, why_paused, paused_by, halted, halted_by, org = row
+    if halted is not None:
+        raise Halted(
+            f"the migration is halted{_by(halted_by)}: {halted}",
+            organization=org,
+            hint="clear the halt when its reason is gone",
+        )
+    if paused:
+        raise Paused(
+            f"the migration is paused{_by(paused_by)}" + (f": {why_paused}" if why_paused else ""),
+            organization=org,
+            hint="resume it and run the step again",
+        )
+
+
 def checked_state(state: State | str) -> State:
     """Return the state of this name.
 
@@ -678,8 +715,10 @@ def check_may_clean(connection: psycopg.Connection[Any], migration: Migration) -
     """See `Migrations.may_clean`; inside the caller's transaction."""
     row = connection.execute("SELECT topology.why_not_clean(%s)", [migration.id]).fetchone()
     if row is not None and row[0] is not None:
+        rolled_back = migration.state is State.ROLLED_BACK
+        cell = migration.destination if rolled_back else migration.source
         raise WrongState(
-            f"the copy in {migration.source} must not be deleted: {row[0]}",
+            f"the copy in {cell} must not be deleted: {row[0]}",
             organization=migration.organization.slug,
             hint=f"see `cellferry status {migration.organization.slug}` for what comes first",
         )

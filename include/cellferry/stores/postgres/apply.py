@@ -58,7 +58,9 @@ class Applier:
         self._destination = destination
         self._scope = scope
         self._move = move
-        self._references = ReferencedRows(source, destination, scope, wires, move.migration)
+        self._references = ReferencedRows(
+            source, destination, scope, wires, move.migration, returning=move.returning
+        )
         self._refuses_crossings = refuses_crossings
         self._delta = Delta(
             source,

@@ -81,6 +81,8 @@ class Delta:
         shared = _of(self._scope.data_map.referenced, keys)
         if not self._fits(owned, shared):
             return None
+        if any(self._references.took_along(table, some) for table, some in shared.items()):
+            return None
         read = self._read(owned)
         if any(
             len(read.rows[table]) < len(some) and self._leaves_children(table)

@@ -743,9 +743,9 @@ class Barrier:
         named = "; ".join(map(str, holders[:5])) or "they ended just now"
         return DrainTimeout(
             f"writers in flight did not end: {named}",
-            hint="the source serves on; end these transactions or wait, then retry the cutover",
+            hint=f"{self._move.source.name} serves on; end these transactions or wait, then try"
+            " again",
             organization=self._move.organization.slug,
-            step="cutover",
             where=self._where,
         )
 

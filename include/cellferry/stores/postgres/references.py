@@ -3,6 +3,9 @@
 The rule of authority: a row that the destination has already is left alone. One that it lacks is
 copied, recorded in `cellferry.imported_row`, and follows later changes at the source until the
 flip. None is ever deleted, except by an abort when nobody else refers to it.
+
+On the way back the old cell has the row already. One that the move took along comes back as it is
+now if this organization alone uses it at the old cell; one that others use there stays as it is.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from cellferry.stores.postgres.scope import (
     keys_join,
     keys_match,
     keys_relation,
+    row_hash,
     texts_match,
     texts_relation,
 )
@@ -51,12 +55,15 @@ class ReferencedRows:
         scope: Scope,
         wires: Mapping[str, Wire],
         migration: int,
+        *,
+        returning: bool = False,
     ) -> None:
         self._source = source
         self._destination = destination
         self._scope = scope
         self._wires = wires
         self._migration = migration
+        self._returning = returning
 
     def foreign_keys(self, table: Table) -> tuple[ForeignKey, ...]:
         """Return the foreign keys of `table` that lead to referenced rows."""
@@ -225,7 +232,7 @@ class ReferencedRows:
         """
         if not keys:
             return set()
-        imported = self._imported(table, keys)
+        imported = self._imported(table, keys) | self._ours_alone(table, keys)
         if not imported and not self._holders(table):
             return set()
         present = self.present(table, keys)
@@ -252,6 +259,119 @@ class ReferencedRows:
             return set()
         statement = self.imported(table, among)
         return {tuple(key) for (key,) in self._destination.execute(statement, prepare=False)}
+
+    def took_along(self, table: Table, among: Collection[Key]) -> set[Key]:
+        """On the way back: return those of `among` that this migration took to the new cell."""
+        if not among or not self._returning:
+            return set()
+        statement = self.imported(table, among)
+        return {tuple(key) for (key,) in self._source.execute(statement, prepare=False)}
+
+    def kept(self, table: Table) -> list[Key]:
+        """On the way back: return rows taken along that differ, and stay as the old cell has them.
+
+        Others use them there, so the old cell's row counts.
+        """
+        keys = [
+            tuple(key)
+            for (key,) in self._source.execute(
+                "SELECT key FROM cellferry.imported_row WHERE migration = %s AND relation = %s",
+                (self._migration, str(table.name)),
+            )
+        ]
+        different: set[Key] = set()
+        for some in _batches(keys, BATCH):
+            statement = sql.SQL("SELECT {}, {} FROM {} AS t {}").format(
+                key_array(table, "t"),
+                row_hash(table),
+                table.name.identifier,
+                keys_join(table, some),
+            )
+            here, there = (
+                {tuple(key): digest for key, digest in connection.execute(statement, prepare=False)}
+                for connection in (self._source, self._destination)
+            )
+            different |= {key for key, digest in here.items() if there.get(key, digest) != digest}
+        return sorted(self._used_by_others(table, different))
+
+    def _ours_alone(self, table: Table, keys: Collection[Key]) -> set[Key]:
+        """On the way back: those of `keys` that came along and that nobody else uses here."""
+        came_along = self.took_along(table, keys)
+        return came_along - self._used_by_others(table, came_along)
+
+    def _used_by_others(self, table: Table, keys: Collection[Key]) -> set[Key]:
+        """Return those of `keys` that rows which are not the organization's refer to here.
+
+        A shared row that refers to one of them counts if it is itself used by others.
+        """
+        used: set[tuple[str, Key]] = set()
+        refers_to: dict[tuple[str, Key], set[tuple[str, Key]]] = {}
+        known: dict[str, set[Key]] = {str(table.name): set(keys)}
+        waiting = deque([(table, set(keys))] if keys else [])
+        while waiting:
+            parent, some = waiting.popleft()
+            for foreign_key in self._scope.data_map.foreign_keys:
+                child = self._scope.data_map.by_name.get(foreign_key.child)
+                if child is None or foreign_key.parent != parent.name or foreign_key.temporal:
+                    continue
+                if child.placement is Placement.CELL_LOCAL:
+                    continue
+                name = str(child.name)
+                if child.placement is not Placement.REFERENCED:
+                    used |= {
+                        (str(parent.name), key)
+                        for key in self._used_directly(parent, some, child, foreign_key)
+                    }
+                    continue
+                fresh: set[Key] = set()
+                for key, user in self._referring(parent, some, child, foreign_key):
+                    refers_to.setdefault((name, user), set()).add((str(parent.name), key))
+                    fresh.add(user)
+                fresh -= known.setdefault(name, set())
+                known[name] |= fresh
+                if fresh:
+                    waiting.append((child, fresh))
+        through = list(used)
+        while through:
+            for more in refers_to.get(through.pop(), set()) - used:
+                used.add(more)
+                through.append(more)
+        return {key for name, key in used if name == str(table.name)} & set(keys)
+
+    def _used_directly(
+        self, parent: Table, keys: Collection[Key], child: Table, foreign_key: ForeignKey
+    ) -> set[Key]:
+        ours: sql.Composable = sql.SQL("false")
+        if child.placement is Placement.OWNED:
+            ours = sql.SQL("COALESCE({}, false)").format(self._scope.owned(child, "c"))
+        statement = sql.SQL(
+            "SELECT {} FROM {} AS p JOIN {} ON {}"
+            " WHERE EXISTS (SELECT 1 FROM {} AS c WHERE {} AND NOT {})"
+        ).format(
+            key_array(parent, "p"),
+            parent.name.identifier,
+            keys_relation(parent, keys),
+            keys_match(parent, "p"),
+            child.name.identifier,
+            _tie(foreign_key),
+            ours,
+        )
+        return {tuple(key) for (key,) in self._destination.execute(statement, prepare=False)}
+
+    def _referring(
+        self, parent: Table, keys: Collection[Key], child: Table, foreign_key: ForeignKey
+    ) -> list[tuple[Key, Key]]:
+        statement = sql.SQL("SELECT {}, {} FROM {} AS p JOIN {} ON {} JOIN {} AS c ON {}").format(
+            key_array(parent, "p"),
+            key_array(child, "c"),
+            parent.name.identifier,
+            keys_relation(parent, keys),
+            keys_match(parent, "p"),
+            child.name.identifier,
+            _tie(foreign_key),
+        )
+        found = self._destination.execute(statement, prepare=False)
+        return [(tuple(key), tuple(user)) for key, user in found]
 
     def imported(self, table: Table, among: Collection[Key]) -> sql.Composed:
         """Return a query for those of `among` that this migration brought."""
@@ -300,7 +420,8 @@ class ReferencedRows:
                 )
             )
         }
-        imported = self._imported(shared, set(owners.values()))
+        held = set(owners.values())
+        imported = self._imported(shared, held) | self._ours_alone(shared, held)
         found = {key for key, owner in owners.items() if owner in imported}
         return set(self._absent(table, table.primary_key, found)) if found else set()
 
@@ -354,6 +475,13 @@ def crossing(scope: Scope, table: Table) -> tuple[ForeignKey, ...]:
         and foreign_key.parent in by_name
         and by_name[foreign_key.parent].placement is Placement.OWNED
         and not is_inside(scope.data_map, foreign_key, table, by_name[foreign_key.parent])
+    )
+
+
+def _tie(foreign_key: ForeignKey) -> sql.Composed:
+    return sql.SQL(" AND ").join(
+        sql.SQL("{} = {}").format(sql.Identifier("c", ours), sql.Identifier("p", theirs))
+        for ours, theirs in zip(foreign_key.columns, foreign_key.parent_columns, strict=True)
     )
 
 

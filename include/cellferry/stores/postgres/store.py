@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -49,7 +50,9 @@ from cellferry.stores.postgres import inventory as stock
 from cellferry.stores.postgres.catalog import read_catalog
 from cellferry.stores.postgres.cleaner import Cleaner
 from cellferry.stores.postgres.copier import Copier
-from cellferry.stores.postgres.examination import Examination, Site
+from cellferry.stores.postgres.crossings import find_crossings
+from cellferry.stores.postgres.examination import Examination, Site, examples
+from cellferry.stores.postgres.references import ReferencedRows
 from cellferry.stores.postgres.rounds import Rounds
 from cellferry.stores.postgres.schema import DataMap
 from cellferry.stores.postgres.schema_differences import find_differences
@@ -142,7 +145,7 @@ class PostgresMove(StoreMove):
         self._barrier: gate.Barrier | None = None
         self._layouts: dict[Side, str] = {}
         self._positions: tuple[sequences.Position, ...] = ()
-        self._handed_over = False
+        self._crossings_allowed = move.returning
 
     def close(self) -> None:
         """Close every connection; a gate that is still locked lets its writers go."""
@@ -319,9 +322,7 @@ class PostgresMove(StoreMove):
             done, _ = self._rounds().run()
             return done
         gate.hold_capture(self._source, self.move)
-        # Whether a row may refer to another organization's is the next plan's business, until
-        # the roll-back itself asks.
-        done, _ = self._rounds(refuses_crossings=False).run(
+        done, _ = self._rounds().run(
             before_commit=lambda: gate.hold_retained(self._destination, self.move)
         )
         return done
@@ -359,14 +360,16 @@ class PostgresMove(StoreMove):
             self._progress,
         )
 
-    def _rounds(self, *, refuses_crossings: bool = True) -> Rounds:
+    def _rounds(self) -> Rounds:
+        # While an organization only could come back, whether its rows refer to others' is nobody's
+        # business; from `check_return` of the way back on it must be refused.
         return Rounds(
             self._source,
             self._destination,
             self._scope,
             self._wires,
             self.move,
-            refuses_crossings=refuses_crossings,
+            refuses_crossings=not self._crossings_allowed,
         )
 
     def _verifier(self) -> Verifier:
@@ -379,6 +382,7 @@ class PostgresMove(StoreMove):
         }
 
     def _note_layouts(self, found: Mapping[Side, str]) -> None:
+        self._intend(Side.DESTINATION, "checkpoint", str(self.move.migration))
         with write(self._destination, self.move):
             for side, text in found.items():
                 layout.note(self._destination, self.move.migration, side, text)
@@ -507,19 +511,81 @@ class PostgresMove(StoreMove):
             gate.thaw(self._connection(Side.SOURCE), self.move)
 
     def check_return(self) -> tuple[Blocker, ...]:
-        """Look at the way back: gates and privileges at the old cell, and equal schemas."""
+        """Look at the way back: privileges and gates at the old cell, and equal schemas.
+
+        Asked of a move on its way back it also looks at the rows that would come along: from here
+        on none of them may refer to another organization's.
+        """
+        new, old = Side.DESTINATION, Side.SOURCE
+        if self.move.returning:
+            new, old = old, new
+            self._crossings_allowed = False
         with self._errors():
-            back = Examination(
-                Site(self.move.destination, self._destination, read_catalog(self._destination)),
-                Site(self.move.source, self._source, read_catalog(self._source)),
-                self._map,
-                self.move.organization.id,
+            sessions_at = {Side.SOURCE: self._source, Side.DESTINATION: self._destination}
+            there, home = (
+                Site(self.move.cell(side), sessions_at[side], read_catalog(sessions_at[side]))
+                for side in (new, old)
             )
-            found = (
+            back = Examination(there, home, self._map, self.move.organization.id)
+            found = [
                 *cell_conditions.check_cell(back, back.destination, Side.DESTINATION),
                 *find_differences(back),
+            ]
+            if self.move.returning and not any(blocker.fatal for blocker in found):
+                found += [*self._check_gates(), *self._check_rows(back)]
+            return tuple(blocker for blocker in found if blocker.fatal or self.move.returning)
+
+    def _check_gates(self) -> Iterator[Blocker]:
+        """See that the new cell still logs, and the old one still waits, for this migration."""
+        here = gate.state(self._source, self.move.organization.id)
+        if here is None or here.migration != self.move.migration or not here.armed:
+            yield Blocker(
+                "capture-ended",
+                self._where(Side.SOURCE),
+                "the log of changes since the cutover is no longer this migration's: a later"
+                " migration of the organization began, and ended it",
+                "clean the old copy up when its TTL is over, then move the organization back as any"
+                " other",
             )
-            return tuple(blocker for blocker in found if blocker.fatal)
+        there = gate.state(self._destination, self.move.organization.id)
+        if there is None or (there.state, there.migration, there.epoch) != (
+            GateState.MOVED,
+            self.move.migration,
+            self.move.epoch,
+        ):
+            yield Blocker(
+                "old-copy-taken",
+                self._where(Side.DESTINATION),
+                "the gate of the old copy is "
+                + (f"{there.state} by migration {there.migration}" if there else "gone"),
+                "look at `cellferry status`; move the organization back as any other",
+            )
+
+    def _check_rows(self, back: Examination) -> Iterator[Blocker]:
+        for blocker in find_crossings(back):
+            if blocker.code == "inbound-reference":
+                # They stay where they are; the clean-up of the new cell refuses while they do.
+                yield replace(blocker, fatal=False)
+            else:
+                yield blocker
+        references = ReferencedRows(
+            self._source,
+            self._destination,
+            self._scope,
+            self._wires,
+            self.move.migration,
+            returning=True,
+        )
+        for table in self._map.referenced:
+            if kept := references.kept(table):
+                yield Blocker(
+                    "shared-row-stays",
+                    f"{self._where(Side.DESTINATION)} {table.name}",
+                    f"{len(kept)} rows differ that other organizations use there as well; they stay"
+                    f" as they are there, for example {examples([*kept])}",
+                    "make them agree by hand if the application expects so",
+                    fatal=False,
+                )
 
     # ── the end ─────────────────────────────────────────────────────────────────────────────────
 
@@ -535,11 +601,30 @@ class PostgresMove(StoreMove):
                 # left of it. Where another's keeps it out, nothing of it came in.
                 cleaned = Cleaned(deleted=0, seconds=0.0, notes=("there was nothing to delete",))
             else:
+                if self.move.returning and side is Side.SOURCE:
+                    self._give_up_shared_rows()
                 cleaner = Cleaner(connection, self._scope, self.move, side, self._progress)
                 cleaned = cleaner.run()
                 gate.remove(connection, self.move)
         self._retire(side)
         return cleaned
+
+    def _give_up_shared_rows(self) -> None:
+        """Let the new cell's clean-up take what was made there and went back with a roll-back.
+
+        As with rows that the move brought: only if nobody else refers to them. They would grow
+        stale there, and the next move to this cell would leave them as they are.
+        """
+        went_back = self._destination.execute(
+            "SELECT migration, relation, key FROM cellferry.imported_row WHERE migration = %s",
+            (self.move.migration,),
+        ).fetchall()
+        with write(self._source, self.move):
+            self._source.cursor().executemany(
+                "INSERT INTO cellferry.imported_row (migration, relation, key)"
+                " VALUES (%s, %s, %s) ON CONFLICT DO NOTHING",
+                went_back,
+            )
 
     def close_capture(self) -> None:
         """End capture on both sides; a copy that is to be deleted keeps its gate till then."""

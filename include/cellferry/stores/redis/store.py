@@ -489,15 +489,20 @@ class RedisMove(base.StoreMove):
     @_verb
     def check_return(self) -> tuple[Blocker, ...]:
         """Ask whether the old cell's engine reads what the new cell's writes."""
-        if self._can_be_read_by(Side.SOURCE, writer=Side.DESTINATION):
+        new, old = Side.DESTINATION, Side.SOURCE
+        if self.move.returning:
+            new, old = old, new
+        if self._can_be_read_by(old, writer=new):
             return ()
         return (
             Blocker(
                 "cannot-return",
-                _where(self.move.source),
-                "its engine is older than the destination's and cannot read what that writes: a "
+                _where(self.move.cell(old)),
+                "its engine is older than that of the new cell and cannot read what it writes: a "
                 "roll-back would lose the keys written after the cutover",
-                "upgrade it first; or set one_way, which gives the roll-back up",
+                "upgrade it, then roll back"
+                if self.move.returning
+                else "upgrade it first; or set one_way, which gives the roll-back up",
             ),
         )
 
