@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 Command = Callable[..., Any]
 
 _ORDER = [
-    *("plan", "move", "status", "abort", "cleanup"),
+    *("plan", "move", "status", "abort", "roll-back", "cleanup"),
+    *("pause", "resume", "halts", "halt", "clear-halt"),
     *("copy", "sync", "verify", "cutover", "soak"),
     *("map", "prepare-cell", "topology", "evidence"),
 ]
@@ -355,6 +356,106 @@ def _show_return(migration: Migration, found: Sequence[Blocker], as_json: bool) 
         click.echo(f"{migration.organization.slug} can go back from {way}; nothing was changed")
 
 
+_reason_option = click.option("--reason", required=True, help="Why; for the audit.")
+_scope_argument = click.argument(
+    "scope", type=click.Choice(["organization", "cohort", "cell"]), metavar="SCOPE"
+)
+
+
+def _say(result: Any, as_json: bool) -> None:
+    click.echo(
+        json.dumps(result.as_dict()) if as_json else f"{result.organization}: {result.summary}"
+    )
+
+
+@main.command(short_help="Stop a migration until it is resumed; nothing of it is lost.")
+@click.argument("organization")
+@_reason_option
+@_json_option
+@click.pass_obj
+def pause(config: Path | None, organization: str, reason: str, as_json: bool) -> None:
+    """Stop a migration at its next batch; the organization goes on where it is.
+
+    Checkpoints and key log are kept; a log over its budget (log_budget_rows) is given up, and the
+    resume compares and repairs. A cutover that has begun ends first. Of a retained one the
+    clean-up waits.
+    """
+    from cellferry.migration import steps
+
+    with _context(config, quiet=as_json) as context:
+        _say(steps.pause(context, _find_migration(context, organization).id, reason), as_json)
+
+
+@main.command(short_help="Let a paused migration go on.")
+@click.argument("organization")
+@_reason_option
+@_json_option
+@click.pass_obj
+def resume(config: Path | None, organization: str, reason: str, as_json: bool) -> None:
+    """Let a paused migration go on. Then run the step that stopped, or clear its task."""
+    from cellferry.migration import steps
+
+    with _context(config, quiet=as_json) as context:
+        _say(steps.resume(context, _find_migration(context, organization).id, reason), as_json)
+
+
+@main.command(short_help="Halt an organization's migration, a cohort or a cell.")
+@_scope_argument
+@click.argument("name")
+@_reason_option
+@_json_option
+@click.pass_obj
+def halt(config: Path | None, scope: str, name: str, reason: str, as_json: bool) -> None:
+    """Halt the migration of an organization, those of a cohort, or those from and to a cell.
+
+    SCOPE is organization, cohort or cell. Running copies stop at their next batch, nothing new
+    starts, a cutover that has begun ends first. Lasts until somebody clears it.
+    """
+    from cellferry.migration import steps
+
+    with _context(config, quiet=as_json) as context:
+        _say(steps.halt(context, scope, name, reason), as_json)
+
+
+@main.command("clear-halt", short_help="Clear a halt, when its cause is gone.")
+@_scope_argument
+@click.argument("name")
+@_reason_option
+@_json_option
+@click.pass_obj
+def clear_halt(config: Path | None, scope: str, name: str, reason: str, as_json: bool) -> None:
+    """Clear the halt of an organization's migration, of a cohort or of a cell.
+
+    SCOPE is organization, cohort or cell. What it stopped is not started again by this.
+    """
+    from cellferry.migration import steps
+
+    with _context(config, quiet=as_json) as context:
+        _say(steps.clear_halt(context, scope, name, reason), as_json)
+
+
+@main.command(short_help="List what is halted: by whom, since when, why.")
+@click.option("--watch", is_flag=True, help="First look at key logs and error rates, as the reaper")
+@_json_option
+@click.pass_obj
+def halts(config: Path | None, watch: bool, as_json: bool) -> None:
+    """List what is halted: by whom, since when and why."""
+    from cellferry.migration import steps
+    from cellferry.migration.reporting import render_halts
+    from cellferry.migration.result import plain
+
+    with _context(config, quiet=True) as context:
+        watched = steps.watch(context) if watch else None
+        found = steps.halts(context)
+    if as_json:
+        click.echo(json.dumps(plain({"halts": found, "watched": watched})))
+        return
+    render_halts(found)
+    if watched is not None:
+        for line in (*watched.given_up, *watched.failed):
+            click.echo(line)
+
+
 @main.command(short_help="Say where an organization is, and what comes next.")
 @click.argument("organization", required=False)
 @_json_option
@@ -370,11 +471,11 @@ def status(config: Path | None, organization: str | None, as_json: bool) -> None
 
     if organization is None:
         with _context(config, quiet=True) as context:
-            migrations = steps.unfinished(context)
+            migrations, halts = steps.unfinished(context), steps.halts(context)
         if as_json:
             click.echo(json.dumps(plain(migrations)))
         else:
-            render_migrations(migrations)
+            render_migrations(migrations, halts=halts)
         return
     with _context(config, quiet=True) as context:
         found = steps.status(context, organization)

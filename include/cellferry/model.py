@@ -336,6 +336,16 @@ class Cleaned:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What a server has counted since it began to count: transactions and their misfortunes."""
+
+    commits: int
+    rollbacks: int
+    deadlocks: int
+    conflicts: int
+
+
 class Progress(Protocol):
     """Where a store reports long work; called a few times a second at most."""
 
@@ -395,3 +405,8 @@ class Migration:
     """Results of the steps: plan, copied, rounds, verification, pause, cleaned."""
     created_at: datetime
     updated_at: datetime
+    cohort: str | None = None
+    """The wave it belongs to."""
+    paused_reason: str | None = None
+    paused_by: str | None = None
+    paused_at: datetime | None = None

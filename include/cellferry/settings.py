@@ -62,12 +62,27 @@ class StoreSettings(BaseModel):
     admin_connection: str | None = None
 
 
+class ErrorLimits(_Strict):
+    """From which rise of its servers' errors on a cell is halted; None watches nothing."""
+
+    rollbacks_percent: float | None = Field(None, gt=0, le=100)
+    """Percentage points by which the share of transactions that are rolled back may rise."""
+    deadlocks_per_min: float | None = Field(None, gt=0)
+    conflicts_per_min: float | None = Field(None, gt=0)
+    """Queries cancelled on a standby for its recovery."""
+    over_s: float = Field(60, ge=1, le=1_800)
+    """How long a rise must be looked at, in seconds."""
+    least_transactions: int = Field(200, ge=1)
+    """With fewer transactions in that time a share says nothing."""
+
+
 class CellSettings(_Strict):
     """One cell."""
 
     region: str = "local"
     legacy: bool = False
     stores: dict[str, StoreSettings] = Field(min_length=1)
+    halts_at: ErrorLimits | None = None
 
 
 class TopologySettings(_Strict):
@@ -210,7 +225,7 @@ def _guess(name: str, known: Iterable[str]) -> str:
 def _names() -> set[str]:
     """Names of all settings but the stores' own options."""
     models: tuple[type[BaseModel], ...] = (
-        Settings, TopologySettings, OrganizationSettings, CellSettings, StoreSettings,
+        Settings, TopologySettings, OrganizationSettings, CellSettings, StoreSettings, ErrorLimits,
     )  # fmt: skip
     return {name for model in models for name in model.model_fields}
 

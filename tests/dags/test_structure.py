@@ -17,7 +17,7 @@ WAY_BACK = ["roll_back", "wait_for_ttl", "cleanup"]
 GROUPED += [("roll_back_organizations", step) for step in WAY_BACK]
 DAGS = [
     *("clean_up_organizations", "migrate_organizations", "prepare_cell", "reverse_rounds"),
-    "roll_back_organizations",
+    *("roll_back_organizations", "steer_organizations"),
 ]
 
 
@@ -38,6 +38,7 @@ def test_every_task_of_a_lane_shows_its_organization(bag: Any, dag_id: str, step
     ("migrate_organizations", "report"),
     ("clean_up_organizations", "report_clean_up"),
     ("prepare_cell", "report_cells"),
+    ("steer_organizations", "report_steering"),
     ("roll_back_organizations", "report_roll_back"),
 ])  # fmt: skip
 def test_the_only_leaf_reports_whatever_happened(bag: Any, dag_id: str, leaf: str) -> None:

@@ -464,7 +464,7 @@ def test_a_halted_migration_does_nothing_until_a_person_clears_it(
         context.topology.set_halted(migration, "wait for legal", Actor("boss"))
         with pytest.raises(Halted, match="wait for legal"):
             steps.copy(context, migration)
-        context.topology.set_halted(migration, None, Actor("boss"))
+        context.topology.clear_halt("migration", str(migration), "legal agrees", Actor("boss"))
         steps.copy(context, migration)
 
 

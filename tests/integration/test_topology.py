@@ -448,9 +448,9 @@ def test_a_resumed_migration_goes_on(bench: Bench) -> None:
 def test_a_halted_cell_stops_the_migrations_that_touch_it(bench: Bench) -> None:
     migration = bench.planned()
     attempt = bench.topology.take_lease(migration.id, "test", ACTOR)
-    bench.topology.set_cell_halted("cell-2", "replication is behind", ACTOR)
+    bench.topology.halt("cell", "cell-2", "replication is behind", ACTOR)
 
-    with pytest.raises(Halted, match="cell-2: replication is behind"):
+    with pytest.raises(Halted, match="cell-2 is halted by ada: replication is behind"):
         bench.topology.check_lease(migration.id, attempt)
 
 
@@ -462,7 +462,7 @@ def test_a_halt_lasts_until_it_is_cleared(bench: Bench) -> None:
     with pytest.raises(Halted, match="halted by ada: mismatch"):
         bench.topology.check_lease(migration.id, newer)
 
-    bench.topology.set_halted(migration.id, None, ACTOR)
+    bench.topology.clear_halt("migration", str(migration.id), "it was looked at", ACTOR)
 
     bench.topology.check_lease(migration.id, newer)
     assert attempt < newer

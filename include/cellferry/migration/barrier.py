@@ -30,6 +30,7 @@ from cellferry.errors import (
     WrongState,
 )
 from cellferry.migration.context import Attempt
+from cellferry.migration.halts import judge_pause
 from cellferry.migration.result import plain
 from cellferry.migration.sync import is_small
 from cellferry.model import State, Strategy
@@ -78,10 +79,27 @@ def pass_barrier(at: Attempt, turn: Turn) -> Timings:
     """
     _catch_up(at)
     reach(Phase.CAUGHT_UP)
-    at.transition(turn.begun)
-    reach(Phase.BARRIER_BEGUN)
-    with _signals_wait():
-        return _barrier(at, turn)
+    with _uninterrupted(at):
+        at.transition(turn.begun)
+        reach(Phase.BARRIER_BEGUN)
+        timings = Timings()
+        try:
+            with _signals_wait():
+                _barrier(at, turn, timings)
+        finally:
+            judge_pause(at, timings.closed_s(at.move.limits.drain_attempt_s))
+        return timings
+
+
+@contextlib.contextmanager
+def _uninterrupted(at: Attempt) -> Iterator[None]:
+    """From here on a pause or a halt waits for the barrier's end: writers wait for it, too."""
+    at.progress.check_now()
+    before, at.progress.stoppable = at.progress.stoppable, False
+    try:
+        yield
+    finally:
+        at.progress.stoppable = before
 
 
 @dataclass
@@ -107,6 +125,17 @@ class Timings:
         """Return the seconds since the beginning."""
         return time.monotonic() - self.started
 
+    def closed_s(self, drain_attempt_s: float) -> float:
+        """Return for how long writers waited, seconds; 0 if nothing was frozen.
+
+        While writers in flight drain, the others wait for one attempt at a time.
+        """
+        draining = next((s for name, s in self.parts.items() if name.startswith("freeze ")), None)
+        if draining is None:
+            return 0.0
+        end = self.last if "release" in self.parts else time.monotonic()
+        return end - self.started - max(0.0, draining - drain_attempt_s)
+
     def facts(self) -> dict[str, Any]:
         """Return it as JSON's types."""
         return {
@@ -116,9 +145,8 @@ class Timings:
         }
 
 
-def _barrier(at: Attempt, turn: Turn) -> Timings:
+def _barrier(at: Attempt, turn: Turn, timings: Timings) -> None:
     """Steps 1 to 6. Raises with the gates open again, or goes all the way."""
-    timings = Timings()
     try:
         _freeze_and_finish(at, timings)
         reach(Phase.FINISHED)
@@ -141,7 +169,6 @@ def _barrier(at: Attempt, turn: Turn) -> Timings:
         _release(at)  # 6
         timings.mark("release")
     reach(Phase.RELEASED)
-    return timings
 
 
 def _freeze_and_finish(at: Attempt, timings: Timings) -> None:

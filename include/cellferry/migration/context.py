@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from cellferry.errors import CellferryError, InvalidInput, Stopped, WrongState
+from cellferry.migration.halts import judge_failure
 from cellferry.migration.options import MoveOptions
 from cellferry.model import Actor, Migration, Move, Organization, Progress, State, Strategy
 from cellferry.settings import ConnectionSource, Settings, resolve
@@ -63,6 +64,8 @@ class Context:
     topology: Topology
     listener: Listener | None = None
     stores: Mapping[str, Store] = field(default_factory=dict)
+    last_try: bool = False
+    """Whether nobody tries again when a step fails, even if that might help."""
 
     @classmethod
     def from_settings(
@@ -272,9 +275,11 @@ def attempt(
         error.organization = error.organization or migration.organization.slug
         error.step = error.step or step
         _remember(context, migration_id, number, str(error))
+        judge_failure(context, migration, step, error)
         raise
     except Exception as error:
         _remember(context, migration_id, number, f"{type(error).__name__}: {error} [step {step}]")
+        judge_failure(context, migration, step, error)
         raise
     topology.set_error(migration_id, None, attempt=number)
 

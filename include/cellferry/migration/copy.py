@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cellferry.migration.context import Context, attempt
+from cellferry.migration.halts import activity_facts
 from cellferry.migration.result import StepResult, plain
 from cellferry.model import State, Strategy
 from cellferry.phases import Phase, reach
@@ -36,7 +37,7 @@ def copy(context: Context, migration_id: int) -> StepResult:
         )
     with attempt(context, migration_id, "copy", ALLOWED) as at:
         if at.migration.state is State.PLANNED:
-            at.transition(State.COPYING)
+            at.transition(State.COPYING, activity_facts(at))
         copied = {}
         if at.move.strategy is Strategy.ONLINE:
             for store in at.stores.values():

@@ -51,6 +51,22 @@ class MoveOptions(BaseModel):
         description="From the flip to clean-up: how long stale readers can live.",
     )
 
+    log_budget_rows: int = Field(
+        10_000_000,
+        ge=1_000,
+        le=1_000_000_000,
+        description="Changes that may wait in the source's key log. A migration whose log grows "
+        "longer is halted; one that is paused gives its log up and later compares everything.",
+    )
+    cohort: str | None = Field(
+        None,
+        min_length=1,
+        max_length=200,
+        description="Name of the wave: a halt of it stops all its migrations.",
+    )
+    max_failures: int = Field(
+        3, ge=1, le=1_000, description="Failed migrations that halt their whole cohort."
+    )
     one_way: bool = Field(
         False,
         description="Cut over although a roll-back would lose writes; plan says why it would.",

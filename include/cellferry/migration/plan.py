@@ -98,6 +98,7 @@ def plan(
         Unreachable: a server of either cell does not answer.
         AccessDenied: a cell's PostgreSQL refuses the connection.
         Blocked: `record` was asked for and something blocks; all reasons are named.
+        Halted: one of the two cells, or the cohort, is halted.
     """
     topology = context.topology
     found = topology.organization(organization)
@@ -116,6 +117,7 @@ def plan(
             step="plan",
             hint="choose another destination",
         )
+    topology.insist_on_start((source, destination), options.cohort)
     move = context.dry_move(found, source, destination, options)
     inventories: dict[str, Inventory] = {}
     blockers: list[Blocker] = []
@@ -157,7 +159,13 @@ def plan(
             hint="; ".join(dict.fromkeys(one.remedy for one in report.fatal)),
         )
     created = topology.create_migration(
-        found.id, destination, strategy, options.model_dump(), report.as_dict(), context.actor
+        found.id,
+        destination,
+        strategy,
+        options.model_dump(),
+        report.as_dict(),
+        context.actor,
+        cohort=options.cohort,
     )
     return replace(report, migration=created.id)
 

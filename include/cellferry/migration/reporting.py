@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,6 +12,7 @@ from rich.table import Table
 from cellferry.migration.plan import Plan
 from cellferry.migration.status import Status
 from cellferry.model import Migration, State
+from cellferry.topology import Halt, HaltScope
 
 
 def size(count: int) -> str:
@@ -74,10 +76,12 @@ def render_status(found: Status, console: Console | None = None) -> None:
             f"migration {migration.id}: {migration.source} → {migration.destination}, "
             f"[bold]{migration.state}[/] (attempt {migration.attempt}, {migration.strategy})"
         )
+        if migration.cohort:
+            out.print(f"cohort: {escape(migration.cohort)}")
         if migration.paused:
-            out.print("[yellow]paused[/]")
-        if migration.halted:
-            out.print(f"[red]halted[/]: {escape(migration.halted)}")
+            out.print(f"[yellow]paused[/]{escape(why_paused(migration))}")
+        for halt in found.halts:
+            out.print(f"[red]halted[/]: {escape(describe_halt(halt))}")
         if migration.last_error:
             out.print(f"[red]last error[/]: {escape(migration.last_error)}")
         if migration.ttl_until and migration.state in (State.SOAKING, State.RETAINED):
@@ -104,7 +108,12 @@ def render_status(found: Status, console: Console | None = None) -> None:
         out.print(f"holds in {place}: {escape(', '.join(things))}")
 
 
-def render_migrations(migrations: Sequence[Migration], console: Console | None = None) -> None:
+def render_migrations(
+    migrations: Sequence[Migration],
+    console: Console | None = None,
+    *,
+    halts: Sequence[Halt] = (),
+) -> None:
     """Print one line for each migration, and what holds it up."""
     out = console or Console(highlight=False)
     if not migrations:
@@ -114,7 +123,11 @@ def render_migrations(migrations: Sequence[Migration], console: Console | None =
         "organization", "migration", "from → to", "state", "clean-up from (UTC)", "trouble"
     )
     for one in migrations:
-        troubles = ("paused" if one.paused else None, one.halted, one.last_error)
+        troubles = (
+            f"paused{why_paused(one)}" if one.paused else None,
+            *(describe_halt(halt) for halt in halts if _stops(halt, one)),
+            one.last_error,
+        )
         table.add_row(
             one.organization.slug,
             str(one.id),
@@ -124,3 +137,48 @@ def render_migrations(migrations: Sequence[Migration], console: Console | None =
             escape("; ".join(trouble for trouble in troubles if trouble)),
         )
     out.print(table)
+
+
+def render_halts(halts: Sequence[Halt], console: Console | None = None) -> None:
+    """Print what is halted, by whom, since when and why."""
+    out = console or Console(highlight=False)
+    if not halts:
+        out.print("nothing is halted")
+        return
+    table = Table("halted", "by", "since (UTC)", "why")
+    for one in halts:
+        what = one.organization or one.name
+        scope = "organization" if one.scope is HaltScope.MIGRATION else one.scope.value
+        table.add_row(f"{scope} {what}", one.by or "", _moment(one.at), escape(one.reason))
+    out.print(table)
+    out.print("to clear one: cellferry clear-halt SCOPE NAME --reason …")
+
+
+def describe_halt(halt: Halt) -> str:
+    """Return a halt with who, when and why, on one line."""
+    since = f", {_moment(halt.at)} UTC" if halt.at else ""
+    return f"{halt.what} by {halt.by or 'somebody'}{since}: {halt.reason}"
+
+
+def why_paused(migration: Migration) -> str:
+    """Return who paused a migration, when and why, to stand behind the word."""
+    return (
+        (f" by {migration.paused_by}" if migration.paused_by else "")
+        + (f", {_moment(migration.paused_at)} UTC" if migration.paused_at else "")
+        + (f": {migration.paused_reason}" if migration.paused_reason else "")
+    )
+
+
+def _stops(halt: Halt, migration: Migration) -> bool:
+    return (
+        halt.name
+        in {
+            HaltScope.MIGRATION: (str(migration.id),),
+            HaltScope.COHORT: (migration.cohort,),
+            HaltScope.CELL: (migration.source, migration.destination),
+        }[halt.scope]
+    )
+
+
+def _moment(at: datetime | None) -> str:
+    return f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S}" if at else ""

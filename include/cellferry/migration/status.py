@@ -9,6 +9,7 @@ from typing import Any
 from cellferry.migration.context import Context
 from cellferry.migration.result import plain
 from cellferry.model import LIVE_STATES, Migration, Organization, Resource, Route, State
+from cellferry.topology import Halt
 
 NEXT = {
     State.PLANNED: "copy starts; aborting costs nothing",
@@ -37,6 +38,7 @@ class Status:
     next: str
     progress: Sequence[Any]
     resources: Sequence[Resource]
+    halts: Sequence[Halt] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON's types."""
@@ -63,6 +65,7 @@ def status(context: Context, organization: str) -> Status:
         else f"it has never moved; cellferry plan {found.slug} --to CELL says what that would take",
         progress=topology.progress(latest.id) if latest else (),
         resources=topology.live_resources(latest.id) if latest else (),
+        halts=topology.halts_on(latest.id) if latest else (),
     )
 
 

@@ -10,6 +10,8 @@ from cellferry.migration.cleanup import cleanup
 from cellferry.migration.context import Context
 from cellferry.migration.copy import copy
 from cellferry.migration.cutover import cutover
+from cellferry.migration.halts import clear_halt, halt, halts, watch
+from cellferry.migration.pause import give_up_log, pause, resume
 from cellferry.migration.plan import plan
 from cellferry.migration.prepare import check_cell, prepare_cell, unprepare_cell
 from cellferry.migration.roll_back import examine_return, migration_to_roll_back, roll_back
@@ -22,12 +24,18 @@ __all__ = [
     "abort",
     "check_cell",
     "cleanup",
+    "clear_halt",
     "copy",
     "cutover",
     "examine_return",
+    "give_up_log",
+    "halt",
+    "halts",
     "migration_to_roll_back",
+    "pause",
     "plan",
     "prepare_cell",
+    "resume",
     "reverse_round",
     "roll_back",
     "soak",
@@ -37,6 +45,7 @@ __all__ = [
     "unfinished",
     "unprepare_cell",
     "verify",
+    "watch",
 ]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from cellferry.errors import NotConverging
 from cellferry.migration.context import Attempt, Context, attempt
+from cellferry.migration.halts import insist_on_log_budget
 from cellferry.migration.result import StepResult
 from cellferry.model import Round, State, Strategy
 from cellferry.phases import Phase, reach
@@ -67,6 +68,7 @@ def run_rounds(at: Attempt, kind: str, store: StoreMove) -> list[dict[str, Any]]
             kind, "sync", number, None, "rounds", f"{done[-1].remaining} keys dirty after it"
         )
         reach(Phase.ROUND_DONE)
+        insist_on_log_budget(at, kind, done[-1].remaining)
         if is_small(done[-1], budget_s):
             return [_facts(one) for one in done]
     last = done[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cellferry.errors import VerificationFailed
 from cellferry.migration.context import Context, attempt
+from cellferry.migration.halts import halt_for_mismatch
 from cellferry.migration.positions import FACT, positions
 from cellferry.migration.result import StepResult, plain
 from cellferry.model import State, Strategy, Verification
@@ -45,7 +46,8 @@ def verify(context: Context, migration_id: int) -> StepResult:
         if failed:
             at.record(facts)
             text = describe_mismatches(failed)
-            context.topology.set_halted(migration_id, f"verification failed: {text}", context.actor)
+            # not left to `attempt`, which lets it be when the topology does not answer
+            halt_for_mismatch(context, at.migration, "verify", text)
             raise VerificationFailed(
                 text,
                 hint="do not force it: look for writers that bypass the gate at the destination, "

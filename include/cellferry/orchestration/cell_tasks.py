@@ -147,7 +147,9 @@ def wants_reverse_round(ferry: Context, migration: Migration) -> bool:
     from cellferry.model import State
 
     migration = ferry.topology.migration(migration.id)
-    if migration.state is not State.RETAINED or migration.paused or migration.halted:
+    if migration.state is not State.RETAINED or migration.paused:
+        return False
+    if ferry.topology.halts_on(migration.id):
         return False
     until = migration.ttl_until
     if until is None or until - ferry.topology.now() < LEAVE_TO_CLEAN_UP:

@@ -33,6 +33,7 @@ _WHAT = "Run Parameters"
 _SPEED = "How fast"
 _PAUSE = "Write pause"
 _AFTER = "Afterwards"
+_WAVE = "When to stop"
 
 
 def _dry_run(what: str) -> Param:
@@ -174,6 +175,36 @@ def migrate_organizations_params() -> dict[str, Param]:
             description="Sync gives up when so many rounds have not caught up with the writers.",
             section=_PAUSE,
         ),
+        "log_budget_rows": Param(
+            10_000_000,
+            type="integer",
+            minimum=1_000,
+            maximum=1_000_000_000,
+            title="Key log budget (rows)",
+            description="Changes that may wait in the old cell's key log, about 100 bytes each. "
+            "Over it the migration is halted; a paused one gives its log up, and after the resume "
+            "everything is compared and repaired.",
+            section=_WAVE,
+        ),
+        "cohort": Param(
+            None,
+            type=["null", "string"],
+            minLength=1,
+            maxLength=200,
+            title="Cohort",
+            description="Name of the wave: a halt of it stops all its migrations, and no others. "
+            "Empty: the name of this run.",
+            section=_WAVE,
+        ),
+        "max_failures": Param(
+            3,
+            type="integer",
+            minimum=1,
+            maximum=1_000,
+            title="Failures, at most",
+            description="With so many failed organizations the whole cohort is halted.",
+            section=_WAVE,
+        ),
         "one_way": Param(
             False,
             type="boolean",
@@ -272,6 +303,64 @@ def clean_up_organizations_params() -> dict[str, Param]:
     }
 
 
+def steer_organizations_params() -> dict[str, Param]:
+    """Return the form of `steer_organizations`."""
+    names: dict[str, Any] = {
+        "type": "array",
+        "maxItems": ORGANIZATIONS_PER_REQUEST,
+        "uniqueItems": True,
+    }
+    return {
+        "action": Param(
+            type="string",
+            enum=["pause", "resume", "abort", "halt", "clear-halt"],
+            values_display={
+                "pause": "pause: stop at the next batch, keep everything",
+                "resume": "resume: what was paused may go on",
+                "abort": "abort: give the move up, delete the copy (before the flip)",
+                "halt": "halt: stop until somebody clears it",
+                "clear-halt": "clear-halt: the cause of a halt is gone",
+            },
+            title="Action",
+            description="What to do with each of them. There is no default.",
+            section=_WHAT,
+        ),
+        "reason": Param(
+            type="string",
+            minLength=3,
+            maxLength=1_000,
+            title="Reason",
+            description="Why. It goes into the audit, and others see it.",
+            section=_WHAT,
+        ),
+        "organizations": Param(
+            [],
+            **names,
+            items={"type": "string", "minLength": 1, "maxLength": 200},
+            title="Organizations",
+            description="Ids or slugs, one a line.",
+            section=_WHAT,
+        ),
+        "cohorts": Param(
+            [],
+            **names,
+            items={"type": "string", "minLength": 1, "maxLength": 200},
+            title="Cohorts",
+            description="Waves, for halt and clear-halt: names of runs, unless they were given "
+            "another.",
+            section=_WHAT,
+        ),
+        "cells": Param(
+            [],
+            **names,
+            items={"type": "string", "minLength": 1, "maxLength": 63},
+            title="Cells",
+            description="Cells of cells.yaml, for halt and clear-halt.",
+            section=_WHAT,
+        ),
+    }
+
+
 def reverse_rounds_params() -> dict[str, Param]:
     """Return the form of `reverse_rounds`."""
     return {
@@ -310,6 +399,11 @@ class MoveRequest(_Strict):
         """The options of each organization's move."""
         options: MoveOptions = self.options
         return options
+
+    def options_of(self, wave: str) -> MoveOptions:
+        """The options of each organization's move, with `wave` as cohort unless one is named."""
+        options = self.move_options
+        return options if options.cohort else options.model_copy(update={"cohort": wave})
 
 
 class RollBackRequest(_Strict):

@@ -137,6 +137,10 @@ def clean_up_row(one: Lane, migration: Migration) -> dict[str, str]:
 
 def _outcome(one: Lane, migration: Migration | None) -> str:
     state = str(migration.state).replace("_", " ") if migration is not None else "not started"
+    if migration is not None and migration.paused:
+        state += ", paused"
+    if migration is not None and migration.halted:
+        state += ", halted"
     return state if one.ok else f"FAILED at {one.failed_step}, {state}"
 
 
@@ -198,6 +202,14 @@ def complaint(lanes: Sequence[Lane], group: str) -> str | None:
             "it goes on where it stopped, the others are not touched."
         )
     return "\n".join(lines)
+
+
+def say_halts(ferry: Context) -> None:
+    """Log what is halted now: by whom, since when, why, and how it is cleared."""
+    from cellferry.migration.reporting import describe_halt
+
+    for halt in ferry.topology.halts():
+        log.warning("Halted: %s\nRemedy: %s", describe_halt(halt), halt.remedy)
 
 
 def keep_evidence(ferry: Context, migrations: Sequence[int]) -> None:

@@ -12,10 +12,15 @@ from typing import Any
 
 from airflow.sdk import ExceptionRetryPolicy, RetryAction, RetryRule
 
-from cellferry.errors import PermanentError, TransientError
+from cellferry.errors import PermanentError, Stopped, TransientError
 
 RETRY_POLICY = ExceptionRetryPolicy(
     rules=[
+        RetryRule(
+            exception=Stopped,
+            action=RetryAction.FAIL,
+            reason="paused or halted: resume it or clear the halt, then clear this task",
+        ),
         RetryRule(
             exception=PermanentError,
             action=RetryAction.FAIL,

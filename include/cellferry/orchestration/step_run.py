@@ -58,6 +58,7 @@ def step_context(*, waited_for: bool = False) -> Iterator[Context]:
                 load(default_path()), connections, actor=actor(airflow), listener=board
             ) as context,
         ):
+            context.last_try = airflow["ti"].try_number > airflow["ti"].max_tries
             yield context
     except CellferryError as error:
         leave_reason(airflow, connections.hide(error.message), connections.hide(error.hint or ""))

@@ -70,7 +70,7 @@ def plan(*, organization: Mapping[str, str]) -> dict[str, Any]:
     from cellferry.errors import Blocked
     from cellferry.migration import steps
     from cellferry.orchestration.params import read_move_request
-    from cellferry.orchestration.validation import started_by
+    from cellferry.orchestration.validation import started_by, wave
 
     airflow = get_current_context()
     with step_context() as ferry:
@@ -84,7 +84,7 @@ def plan(*, organization: Mapping[str, str]) -> dict[str, Any]:
             ferry,
             organization["id"],
             request.destination,
-            options=request.move_options,
+            options=request.options_of(wave(airflow["dag_run"].run_id)),
             record=not request.dry_run,
         )
         kept = _plan_for_people(report.as_dict())

@@ -124,6 +124,12 @@ def split(
     }
 
 
+def wave(run_id: str) -> str:
+    """Return the name of the wave that a run is part of: of the first run, where it was split."""
+    found = _PART.fullmatch(run_id)
+    return found["base"] if found else run_id
+
+
 def run_name(text: str) -> str:
     """Return `text` as Airflow allows it in a run's name."""
     return re.sub(r"[^A-Za-z0-9_.~:+-]", "_", text)

@@ -26,6 +26,7 @@ from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 from cellferry.model import (
+    Activity,
     Blocker,
     Cell,
     Cleaned,
@@ -70,6 +71,10 @@ class Store(ABC):
     @abstractmethod
     def check_cell(self, cell: Cell) -> tuple[Blocker, ...]:
         """Say what keeps this cell from being part of a move; read-only, for `plan`."""
+
+    def activity(self, cell: Cell) -> Activity | None:  # noqa: ARG002 - for stores that count
+        """Return what this cell's server has counted; None where it counts no transactions."""
+        return None
 
     @abstractmethod
     def open(
@@ -119,6 +124,20 @@ class StoreMove(ABC):
         """Bring the destination up to date with the dirty keys seen now; one bounded round.
 
         What a round applies it also verifies, against the same snapshot.
+        """
+
+    def backlog(self, at_most: int) -> int:  # noqa: ARG002 - for stores that keep a log
+        """Count the changes that wait in the log at the source, up to `at_most`. Read-only.
+
+        0 where no log grows while nobody reads it. Does not need `fence`.
+        """
+        return 0
+
+    def drop_capture(self) -> None:  # noqa: B027 - for stores that keep a log
+        """End capture at the source and empty its log; the copy at the destination stays.
+
+        Afterwards only `open_capture` and `repair` make the destination equal again: the fact
+        `capture_lost` is recorded before. Repeatable.
         """
 
     @abstractmethod

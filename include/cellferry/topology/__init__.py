@@ -8,6 +8,7 @@ from cellferry.topology.directory import (
     RouteChange,
 )
 from cellferry.topology.document import without_secrets
+from cellferry.topology.halts import Halt, HaltScope
 from cellferry.topology.migrations import Lease
 from cellferry.topology.progress import ProgressRow, ProgressSink
 from cellferry.topology.registry import MigrationResources, RegisteredResource
@@ -17,6 +18,8 @@ __all__ = [
     "ROUTE_CHANNEL",
     "AuditEntry",
     "CellRow",
+    "Halt",
+    "HaltScope",
     "Lease",
     "MigrationResources",
     "OrganizationRow",

@@ -113,16 +113,6 @@ class Directory:
         statement = "UPDATE topology.cell SET cordoned = %s WHERE name = %s"
         self._mark_cell(statement, cell, reason, action, actor)
 
-    def set_cell_halted(self, cell: str, reason: str | None, actor: Actor) -> None:
-        """Stop every step of every migration from or to `cell`; None clears it.
-
-        Raises:
-            InvalidInput: no such cell.
-        """
-        action = "cell halted" if reason else "cell halt cleared"
-        statement = "UPDATE topology.cell SET halted = %s WHERE name = %s"
-        self._mark_cell(statement, cell, reason, action, actor)
-
     def _mark_cell(
         self, statement: str, cell: str, reason: str | None, action: str, actor: Actor
     ) -> None:

@@ -13,7 +13,6 @@ from psycopg import errors
 from psycopg.rows import dict_row
 
 from cellferry.errors import (
-    Halted,
     InvalidInput,
     LeaseLost,
     OutcomeUnknown,
@@ -37,9 +36,13 @@ from cellferry.topology.audit import AuditEntry
 from cellferry.topology.connection import Database
 from cellferry.topology.directory import check_cell_known, find_organization
 from cellferry.topology.document import document, without_secrets
+from cellferry.topology.halts import check_may_start, halts_on, join_cohort
 
 #: A lease's heartbeat is written at most so often, in seconds.
 HEARTBEAT_S = 5.0
+
+#: States in which the source's key log grows, and may be given up.
+CAPTURING = frozenset({State.COPYING, State.SYNCING, State.READY})
 
 #: Transitions that change the route as well.
 FLIPS = {(State.CUTTING_OVER, State.SOAKING), (State.ROLLING_BACK, State.ROLLED_BACK)}
@@ -50,7 +53,7 @@ ROLL_BACK_PAUSE = "it is being rolled back"
 _COLUMNS = """
 SELECT m.id, m.organization, o.slug, m.source, m.destination, m.state, m.epoch, m.attempt,
        m.strategy, m.paused, m.halted, m.last_error, m.ttl_until, m.options, m.facts,
-       m.created_at, m.updated_at
+       m.created_at, m.updated_at, m.cohort, m.paused_reason, m.paused_by, m.paused_at
 FROM topology.migration AS m JOIN topology.organization AS o ON o.id = m.organization
 """
 _BY_ID = _COLUMNS + "WHERE m.id = %s"
@@ -81,13 +84,16 @@ class Migrations:
         options: Mapping[str, Any] | None,
         plan: Mapping[str, Any] | None,
         actor: Actor,
+        *,
+        cohort: str | None = None,
     ) -> Migration:
         """Record a new migration of `org` from where it lives to `destination`.
 
         An earlier migration that is retained gets `superseded_by`: its clean-up is cancelled
-        (hazard 4). `plan` becomes the fact `plan`.
+        (hazard 4). `plan` becomes the fact `plan`. `cohort` names the wave it belongs to.
 
         Raises:
+            Halted: a cell of it, or its cohort, is halted.
             InvalidInput: unknown organization, cell or strategy; source = destination.
             WrongState: the organization is already moving, or the destination is cordoned.
         """
@@ -106,7 +112,9 @@ class Migrations:
             ).fetchone()
             if done is not None:  # an earlier commit whose answer was lost
                 return int(done[0])
-            return _create(connection, id_, destination, chosen, options, plan, actor, request)
+            return _create(
+                connection, id_, destination, chosen, options, plan, actor, request, cohort
+            )
 
         return self.migration(self._database.run(work))
 
@@ -203,7 +211,7 @@ class Migrations:
         Raises:
             LeaseLost: another controller took over.
             Paused: a person paused the migration.
-            Halted: a person halted it, or one of its cells.
+            Halted: it is halted, or its cohort, or one of its cells.
         """
 
         def work(connection: psycopg.Connection[Any]) -> None:
@@ -531,7 +539,10 @@ class Migrations:
     def set_paused(
         self, migration_id: int, paused: bool, actor: Actor, reason: str | None = None
     ) -> Migration:
-        """Pause a migration, or resume it. Running steps stop at their next batch. Repeatable."""
+        """Pause a migration, or resume it. Running steps stop at their next batch. Repeatable.
+
+        A cutover past the beginning of its barrier ends first: it is nearly over, and writers wait.
+        """
         shown = without_secrets(reason) if reason else None
 
         def work(connection: psycopg.Connection[Any]) -> Migration:
@@ -541,32 +552,75 @@ class Migrations:
             connection.execute(
                 """
                 UPDATE topology.migration
-                SET paused = %s, paused_reason = %s, paused_by = %s, updated_at = now()
-                WHERE id = %s
+                SET paused = %(paused)s, paused_reason = %(reason)s, paused_by = %(by)s,
+                    paused_at = CASE WHEN %(paused)s THEN clock_timestamp() END,
+                    updated_at = now()
+                WHERE id = %(migration)s
                 """,
-                [paused, shown if paused else None, actor.name if paused else None, migration_id],
+                {
+                    "paused": paused,
+                    "reason": shown if paused else None,
+                    "by": actor.name if paused else None,
+                    "migration": migration_id,
+                },
             )
             _note(connection, "paused" if paused else "resumed", current, actor, shown)
             return _load(connection, migration_id)
 
         return self._database.run(work)
 
-    def set_halted(self, migration_id: int, reason: str | None, actor: Actor) -> Migration:
-        """Halt a migration for `reason`; None clears the halt, which only a person should do."""
-        shown = without_secrets(reason) if reason else None
+    def give_up_capture(self, migration_id: int, reason: str, actor: Actor) -> Migration | None:
+        """Record that a stopped migration's key log is given up, before anything is closed.
 
-        def work(connection: psycopg.Connection[Any]) -> Migration:
+        One transaction: every older attempt is lost, the fact `capture_lost` is there, and a
+        `ready` migration is `syncing` again, because its verification does not hold any more. A
+        cutover that has begun is not disturbed: then, and for a migration that is neither paused
+        nor halted, nothing happens and the answer is None. Repeatable.
+
+        Returns:
+            The migration, whose `attempt` is the one that may close the capture.
+
+        Raises:
+            InvalidInput: no such migration.
+        """
+        shown = without_secrets(reason)
+
+        def work(connection: psycopg.Connection[Any]) -> Migration | None:
             current = _load(connection, migration_id, locked=True)
-            if current.halted == shown:
-                return current
+            stopped = current.paused or halts_on(connection, migration_id)
+            if current.state not in CAPTURING or not stopped:
+                return None
+            row = connection.execute("SELECT clock_timestamp()").fetchone()
+            fact = current.facts.get("capture_lost") or {
+                "reason": shown,
+                "at": row[0] if row else None,
+            }
+            is_ready = current.state is State.READY
+            audit.write(
+                connection,
+                "key log given up",
+                actor,
+                migration=migration_id,
+                organization=current.organization.id,
+                from_state=State.READY if is_ready else None,
+                to_state=State.SYNCING if is_ready else None,
+                epoch=current.epoch,
+                attempt=current.attempt + 1,
+                reason=shown,
+            )
             connection.execute(
                 """
-                UPDATE topology.migration SET halted = %s, halted_by = %s, updated_at = now()
+                UPDATE topology.migration
+                SET state = %s, facts = facts || %s, attempt = attempt + 1, holder = 'give up log',
+                    taken_at = now(), heartbeat_at = now(), updated_at = now()
                 WHERE id = %s
                 """,
-                [shown, actor.name if shown else None, migration_id],
+                [
+                    State.SYNCING if is_ready else current.state,
+                    document({"capture_lost": fact}),
+                    migration_id,
+                ],
             )
-            _note(connection, "halted" if shown else "halt cleared", current, actor, shown)
             return _load(connection, migration_id)
 
         return self._database.run(work)
@@ -668,32 +722,24 @@ def _change_authority(
 
 
 def _insist_on_running(connection: psycopg.Connection[Any], migration_id: int) -> None:
-    """Raise when a person stopped the migration, or one of its cells."""
+    """Raise when the migration is paused, or it, its cohort or one of its cells is halted."""
     row = connection.execute(
         """
-        SELECT m.paused, m.paused_reason, m.paused_by,
-               COALESCE(m.halted, (SELECT format('cell %%s: %%s', c.name, c.halted)
-                   FROM topology.cell AS c WHERE c.halted IS NOT NULL
-                       AND c.name IN (m.source, m.destination) LIMIT 1)),
-               m.halted_by, m.organization
-        FROM topology.migration AS m WHERE m.id = %s
+        SELECT paused, paused_reason, paused_by, organization
+        FROM topology.migration WHERE id = %s
         """,
         [migration_id],
     ).fetchone()
     if row is None:
         raise _no_migration(migration_id)
-    paused, why_paused, paused_by, halted, halted_by, org = row
-    if halted is not None:
-        raise Halted(
-            f"the migration is halted{_by(halted_by)}: {halted}",
-            organization=org,
-            hint="clear the halt when its reason is gone",
-        )
+    paused, why_paused, paused_by, org = row
+    for halt in halts_on(connection, migration_id):
+        raise halt.error(org)
     if paused:
         raise Paused(
             f"the migration is paused{_by(paused_by)}" + (f": {why_paused}" if why_paused else ""),
             organization=org,
-            hint="resume it and run the step again",
+            hint=f"cellferry resume {org} --reason …, then run the step again",
         )
 
 
@@ -743,6 +789,7 @@ def _create(
     plan: Mapping[str, Any] | None,
     actor: Actor,
     request: uuid.UUID,
+    cohort: str | None,
 ) -> int:
     org = find_organization(connection, organization_id)
     check_cell_known(connection, destination)
@@ -773,15 +820,20 @@ def _create(
             organization=org.slug,
             hint="choose another destination, or lift the cordon",
         )
+    join_cohort(connection, cohort)
+    check_may_start(connection, (source, destination), cohort)
     facts = {"plan": plan} if plan else None
     try:
         row = connection.execute(
             """
             INSERT INTO topology.migration
-                (organization, source, destination, epoch, strategy, options, facts)
-            VALUES (%s, %s, %s, %s, %s, %s, %s) RETURNING id
+                (organization, source, destination, epoch, strategy, options, facts, cohort)
+            VALUES (%s, %s, %s, %s, %s, %s, %s, %s) RETURNING id
             """,
-            [org.id, source, destination, epoch, strategy, document(options), document(facts)],
+            [
+                *(org.id, source, destination, epoch, strategy),
+                *(document(options), document(facts), cohort),
+            ],
         ).fetchone()
     except errors.UniqueViolation as error:
         raise WrongState("the organization is already moving", organization=org.slug) from error
@@ -796,7 +848,12 @@ def _create(
         organization=org.id,
         to_state=State.PLANNED,
         epoch=epoch,
-        evidence={"source": source, "destination": destination, "strategy": strategy},
+        evidence={
+            "source": source,
+            "destination": destination,
+            "strategy": strategy,
+            **({"cohort": cohort} if cohort else {}),
+        },
         request=request,
     )
     retained = connection.execute(

@@ -11,13 +11,14 @@ import psycopg
 from cellferry.topology import schema
 from cellferry.topology.connection import Database
 from cellferry.topology.directory import Directory
+from cellferry.topology.halts import Halts
 from cellferry.topology.migrations import Migrations
 from cellferry.topology.progress import CHECK_GRACE_S, ProgressBoard, ProgressSink
 from cellferry.topology.records import Records
 from cellferry.topology.registry import Registry
 
 
-class Topology(Directory, Migrations, Registry, ProgressBoard, Records):
+class Topology(Directory, Migrations, Halts, Registry, ProgressBoard, Records):
     """The control plane's database.
 
     Opens its connection on first use, again when it was lost; closes it on exit. Threads may

@@ -86,6 +86,16 @@ def remaining(connection: psycopg.Connection[Any], organization: str) -> int:
     return int(row[0]) if row else 0
 
 
+def backlog(connection: psycopg.Connection[Any], organization: str, at_most: int) -> int:
+    """Count the log rows that are visible now, up to `at_most`: a longer log costs no more."""
+    row = connection.execute(
+        "SELECT count(*) FROM (SELECT FROM cellferry.key_log WHERE organization = %s LIMIT %s)"
+        " AS log",
+        (organization, at_most),
+    ).fetchone()
+    return int(row[0]) if row else 0
+
+
 class Rounds:
     """Rounds from one cell to the other. Swap the connections and they go back.
 

@@ -16,6 +16,7 @@ from psycopg import sql
 
 from cellferry.errors import Blocked, NotPrepared, Unreachable, VerificationFailed
 from cellferry.model import (
+    Activity,
     Blocker,
     Cell,
     Cleaned,
@@ -43,6 +44,7 @@ from cellferry.stores.postgres import (
     layout,
     preflight,
     prepare,
+    rounds,
     sequences,
     sessions,
 )
@@ -65,6 +67,9 @@ KIND = "postgres"
 
 #: No round is bounded under the gate: it is small, or the cutover would not have started.
 UNBOUNDED = 10**9
+
+#: Log rows that are deleted in one transaction when a log is given up.
+LOG_BATCH = 50_000
 
 Connection = psycopg.Connection[Any]
 T = TypeVar("T")
@@ -119,6 +124,18 @@ class PostgresStore(Store):
             _closing(_endpoint(cell).url, "check", cell=cell) as connection,
         ):
             return prepare.check(connection, self.discover(connection), cell)
+
+    def activity(self, cell: Cell) -> Activity | None:
+        """Return what the cell's database has counted; see `Store.activity`."""
+        with (
+            sessions.translate_errors(f"{cell.name}/{KIND}"),
+            _closing(_endpoint(cell).url, "activity", cell=cell) as connection,
+        ):
+            row = connection.execute(
+                "SELECT xact_commit, xact_rollback, deadlocks, conflicts FROM pg_stat_database"
+                " WHERE datname = current_database()"
+            ).fetchone()
+        return None if row is None else Activity(*row)
 
     @contextmanager
     def open(self, move: Move, resources: Resources, progress: Progress) -> Iterator[StoreMove]:
@@ -326,6 +343,34 @@ class PostgresMove(StoreMove):
             before_commit=lambda: gate.hold_retained(self._destination, self.move)
         )
         return done
+
+    def backlog(self, at_most: int) -> int:
+        """Count the key log of the source."""
+        with sessions.translate_errors(self._where(Side.SOURCE)):
+            return rounds.backlog(self._connection(Side.SOURCE), self.move.organization.id, at_most)
+
+    def drop_capture(self) -> None:
+        """Disarm the source and empty its key log; the destination's gate and copy stay."""
+        with self._errors():
+            connection = self._connection(Side.SOURCE)
+            found = gate.state(connection, self.move.organization.id)
+            if found is not None and found.migration == self.move.migration and found.armed:
+                while self._delete_log_rows(connection) == LOG_BATCH:
+                    self._progress.check()
+            gate.disarm(connection, self.move)  # and what was logged meanwhile
+        for kind in ("gate", "key_log"):
+            self._resources.forget(self._resource(Side.SOURCE, kind, self.move.organization.id))
+
+    def _delete_log_rows(self, connection: Connection) -> int:
+        """Delete a batch of the log of a migration that needs it no more, if it still is its."""
+        with write(connection, self.move):
+            gate.hold_capture(connection, self.move)
+            return connection.execute(
+                "DELETE FROM cellferry.key_log WHERE organization = %(organization)s AND id IN"
+                " (SELECT id FROM cellferry.key_log WHERE organization = %(organization)s"
+                " ORDER BY id LIMIT %(batch)s)",
+                {"organization": self.move.organization.id, "batch": LOG_BATCH},
+            ).rowcount
 
     def verify(self) -> Verification:
         """Compare everything; a success is what a layout is compared with later."""
