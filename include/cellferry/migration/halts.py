@@ -165,20 +165,6 @@ def judge_pause(at: Attempt, seconds: float) -> None:
         )
 
 
-def insist_on_capture(at: Attempt) -> None:
-    """Return unless the migration's log was given up and not made good yet.
-
-    Raises:
-        WrongState: what changed meanwhile is in no log; only `sync` finds it.
-    """
-    lost = at.migration.facts.get("capture_lost")
-    if lost:
-        raise WrongState(
-            f"the key log of migration {at.migration.id} was lost: {lost['reason']}",
-            hint="run the sync step first: it captures again, compares everything and repairs",
-        )
-
-
 def insist_on_log_budget(at: Attempt, kind: str, waiting: int) -> None:
     """Return if the key log that a round left is within the budget.
 
