@@ -5,6 +5,7 @@ Run as `python -m cellferry.local.supervisor ROOT STATE`; `fleet-up` does.
 - Each component gets a session of its own and a record in `.local/run/`.
 - A component that ends by itself is started again after a back-off, once everything that it left
   behind is gone: LocalExecutor's children and their tasks, busy backends.
+- The reaper runs regularly, whether Airflow lives or not.
 - SIGTERM or SIGINT stops everything in order: Airflow, the cells, the topology.
 - SIGKILL leaves the components running; the next start, or `fleet-down`, ends them by their
   records. A record names pid, start time and boot, so no other process is ever touched.
@@ -37,6 +38,7 @@ from cellferry.local.fleet_layout import FleetLayout, FleetSecrets
 from cellferry.local.ports import free_ports, is_free
 from cellferry.local.postgres_server import DURABLE, PostgresServer
 from cellferry.local.process_identity import ProcessIdentity
+from cellferry.local.regular_reaper import RegularReaper
 from cellferry.local.run_records import RunRecord, RunRecords
 from cellferry.local.server_process import ServerFailed
 from cellferry.local.valkey_server import ValkeyServer
@@ -121,6 +123,7 @@ class Supervisor:
         self._stopping = threading.Event()
         self._events: TextIO | None = None
         self._saying = threading.Lock()
+        self._reaper = RegularReaper(layout)
         self._ports = layout.read_ports()
         self._cells = list(layout.settings().cells)
         self._secrets: FleetSecrets = layout.read_secrets(self._cells)
@@ -284,6 +287,7 @@ class Supervisor:
         with ThreadPoolExecutor(1, thread_name_prefix="airflow") as pool:
             adding: Future[None] | None = None
             while not self._stopping.wait(_LOOK_S):
+                self._reaper.look()
                 for name, watched in list(self._watched.items()):
                     self._look_at(name, watched)
                 if API_SERVER in self._watched or not self._layout.airflow_wanted.exists():
@@ -319,6 +323,7 @@ class Supervisor:
         self._say("restarted", name, f"it had ended; restart {watched.restarts}")
 
     def _stop_everything(self) -> None:
+        self._reaper.stop()
         # Tasks that end report to the API server, so it goes after the scheduler.
         for stage in range(4):
             names = [name for name in self._watched if _stop_stage(name) == stage]
