@@ -3,7 +3,8 @@
 `python -m tests.fault.alternations --times 100` starts two cells and a topology of its own, lets
 the sample application write to all organizations, and moves one there and back so many times. It
 prints how long its writers waited at each flip, and what the ledger's checker found. The exit
-status is 0 only if nothing is lost, doubled, changed or left behind.
+status is 0 only if nothing is lost, doubled, changed or left behind. Interrupted, it ends after the
+alternation that is under way and reports on what was done.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import secrets
+import signal
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -88,8 +91,13 @@ def alternate(
     writes_per_s: float = 200,
     durable: bool = True,
     say: Callable[[str], None] = lambda _text: None,
+    stop: threading.Event | None = None,
 ) -> Outcome:
-    """Move an organization to the other cell and back `times` times while it is written to."""
+    """Move an organization to the other cell and back `times` times while it is written to.
+
+    With `stop` set it ends after the alternation that is under way, and checks that.
+    """
+    stop = stop or threading.Event()
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cellferry-alt-")))
         connections = _start(stack, directory, DURABLE if durable else FAST)
@@ -110,6 +118,8 @@ def alternate(
         retries = 0
         with application.start_traffic(writes_per_s, focus=[moved]):
             for number in range(1, times + 1):
+                if stop.is_set():
+                    break
                 retries += _there_and_back(context, moved)
                 say(f"{number} of {times}")
             time.sleep(1)
@@ -236,9 +246,16 @@ def main() -> int:
     parser.add_argument("--writes", type=float, default=200, help="writes per second of all")
     parser.add_argument("--quiet", action="store_true", help="only the report")
     arguments = parser.parse_args()
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
     with _progress(arguments.quiet) as say:
         outcome = alternate(
-            arguments.times, rows=arguments.rows, writes_per_s=arguments.writes, say=say
+            arguments.times,
+            rows=arguments.rows,
+            writes_per_s=arguments.writes,
+            say=say,
+            stop=stop,
         )
     print("\n".join(outcome.lines()))
     return 0 if outcome.ok else 1
