@@ -9,4 +9,5 @@ pytest_plugins = [
     "fixtures.topology",
     "fixtures.severed_network",
     "fixtures.gated",
+    "fixtures.standby",
 ]

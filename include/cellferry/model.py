@@ -286,6 +286,49 @@ class Round:
 
 
 @dataclass(frozen=True, slots=True)
+class Repaired:
+    """A complete comparison whose differences were made good at the destination."""
+
+    compared: int
+    """Rows or keys of the source that were compared."""
+    repaired: int
+    """Rows or keys at the destination that were wrong, missing or too many, and are not now."""
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Landmark:
+    """Which history a server is on, and how far it is: what tells that commits may be gone.
+
+    Attributes:
+        server: identity that the server's data carry; another one is another set of data.
+        timeline: changes whenever the server may have gone on from an older state: a promotion,
+            a restore.
+        position: never falls on one timeline.
+    """
+
+    server: str
+    timeline: str
+    position: int
+
+    def break_since(self, earlier: Landmark) -> str | None:
+        """Say why what was committed at `earlier` may be gone here; None when it is all there."""
+        if self.server != earlier.server:
+            return "other data are there: it was restored or replaced"
+        if self.timeline != earlier.timeline:
+            return (
+                f"it went from timeline {earlier.timeline} to {self.timeline}: a standby was"
+                " promoted, or it was restored"
+            )
+        if self.position < earlier.position:
+            return (
+                f"its log stands at {self.position}, and stood at {earlier.position}: it was"
+                " set back"
+            )
+        return None
+
+
+@dataclass(frozen=True, slots=True)
 class Mismatch:
     """One difference that verification found."""
 

@@ -44,7 +44,9 @@ STORE_ORDER = ("postgres", "redis")
 """Order in which the stores of a move act; the first drains writers."""
 
 STORE_OPTIONS: Mapping[str, frozenset[str]] = {
-    "postgres": frozenset({"capacity_bytes", "standbys_may_lag"}),
+    "postgres": frozenset(
+        {"capacity_bytes", "standbys_may_lag", "failover_candidates", "failover_wait_s"}
+    ),
     "redis": frozenset({"key_prefix", "application_user", "failover", "trusted_users"}),
 }
 """The options of each kind of store: a misspelt one must not go unnoticed."""

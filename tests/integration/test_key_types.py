@@ -142,3 +142,36 @@ def test_keys_of_any_type_are_copied_logged_and_compared(
             f"SELECT count(*) FROM {table} AS t WHERE organization_id <> {quoted(mine)}",
         )
         assert others == [(0,)]
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_keys_of_any_type_are_repaired(
+    fresh_databases: Callable[[], FreshDatabases], kind: str
+) -> None:
+    """The key log is lost with the changes in it, and the destination loses rows besides."""
+    mine, theirs = KEYS[kind]
+
+    def fill(text: str) -> str:
+        return (
+            text.replace("{type}", kind)
+            .replace("{mine}", quoted(mine))
+            .replace("{theirs}", quoted(theirs))
+        )
+
+    ferry = make_ferry(fresh_databases(), fill(SCHEMA), fill(ROWS), "SELECT 1")
+    ferry.organization = Organization(mine, "mine")
+    with ferry.opened() as move:
+        move.open_capture()
+        move.copy()
+        ferry.run(Side.SOURCE, fill(CHANGES))
+        ferry.run(Side.SOURCE, "DELETE FROM cellferry.gate; DELETE FROM cellferry.key_log")
+        ferry.run(
+            Side.DESTINATION,
+            "SET session_replication_role = replica;"
+            'DELETE FROM "Other Schema".parts WHERE number BETWEEN 5 AND 10',
+        )
+        move.open_capture()
+        assert move.repair().repaired > 60
+        verified = move.verify()
+        assert verified.ok, verified.mismatches
+        assert not any("dirty" in part for part in verified.hashes.values())

@@ -175,6 +175,54 @@ class PostgresServer:
                 break
         return self
 
+    def follow(self, primary: PostgresServer, name: str, timeout: float = 60.0) -> Self:
+        """Start as a streaming standby of `primary`, a copy of it as it is now.
+
+        Asynchronous, unless the primary's `synchronous_standby_names` has its name.
+
+        Args:
+            primary: a running server of the same programs.
+            name: the standby's `application_name`, as the primary sees it.
+            timeout: seconds to be ready in.
+
+        Raises:
+            ServerFailed: it could not be copied, or did not start.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._place_data()
+        secret = self.directory / "superuser.password"
+        secret.touch(mode=0o600)
+        secret.write_text(primary.superuser_password + "\n", encoding="ascii")
+        source = f"{primary.url(dbname='')}?application_name={quote(name, safe='')}"
+        result = subprocess.run(
+            [
+                *(self.bin_dir / "pg_basebackup", "--dbname", source),
+                *("--pgdata", self.data.resolve(), "--wal-method", "stream"),
+                *("--checkpoint", "fast", "--write-recovery-conf", "--no-sync"),
+            ],
+            check=False,
+            cwd=self.data.resolve(),
+            env=self._environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            **popen_arguments(self._account),  # type: ignore[call-overload]
+        )
+        if result.returncode != 0:
+            raise ServerFailed(f"pg_basebackup to {self.data} failed: {result.stderr}")
+        return self.start(timeout)
+
+    def promote(self) -> None:
+        """Make a standby a primary, and wait until it takes writes.
+
+        Raises:
+            ServerFailed: it did not become one.
+        """
+        with psycopg.connect(self.url(), autocommit=True) as connection:
+            row = connection.execute("SELECT pg_promote(true, 30)").fetchone()
+        if row != (True,):
+            raise ServerFailed(f"{self.directory} was not promoted; see {self.log}")
+
     def stop(self) -> None:
         """Fast shutdown: sessions are disconnected, everything acknowledged is kept."""
         self._process.stop((signal.SIGINT, 20.0), (signal.SIGQUIT, 5.0))

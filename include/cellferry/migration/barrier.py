@@ -29,6 +29,7 @@ from cellferry.errors import (
     Unreachable,
     WrongState,
 )
+from cellferry.migration import history
 from cellferry.migration.context import Attempt
 from cellferry.migration.halts import judge_pause
 from cellferry.migration.result import plain
@@ -173,6 +174,7 @@ def _barrier(at: Attempt, turn: Turn, timings: Timings) -> None:
 
 def _freeze_and_finish(at: Attempt, timings: Timings) -> None:
     """Steps 1 to 3: every store frozen, the last delta applied, verified and committed."""
+    history.insist(at)
     if at.move.strategy is Strategy.ONLINE:
         # What changed while the topology committed. The store that drains writers goes last: what
         # becomes dirty between its round and its freeze is what the pause has to carry.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cellferry.migration import history
 from cellferry.migration.context import Context, attempt
 from cellferry.migration.halts import activity_facts
 from cellferry.migration.result import StepResult, plain
@@ -17,7 +18,8 @@ def copy(context: Context, migration_id: int) -> StepResult:
 
     Guarantees that afterwards every row and key is at the destination, or is recorded as dirty.
     Changes the destination's copy and cellferry's own records; the organization keeps writing at
-    the source. May be repeated; a killed copy goes on from its checkpoints.
+    the source. May be repeated; a killed copy goes on from its checkpoints. If capture was lost
+    meanwhile it is armed again, and the fact `capture_lost` stays for `sync`, which repairs.
 
     Raises:
         WrongState: the migration was aborted.
@@ -40,8 +42,10 @@ def copy(context: Context, migration_id: int) -> StepResult:
             at.transition(State.COPYING, activity_facts(at))
         copied = {}
         if at.move.strategy is Strategy.ONLINE:
+            history.mark_losses(at)
             for store in at.stores.values():
                 store.open_capture()
+            history.note(at)
             reach(Phase.COPY_ARMED)
             for kind, store in at.stores.items():
                 copied[kind] = plain(store.copy())

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cellferry.errors import Blocked
+from cellferry.errors import Blocked, VerificationFailed
+from cellferry.migration import history
 from cellferry.migration.barrier import Turn, hand_over, pass_barrier, thaw
 from cellferry.migration.context import Attempt, Context, attempt
 from cellferry.migration.result import StepResult, plain
-from cellferry.model import State
+from cellferry.migration.sync import run_rounds
+from cellferry.migration.verify import describe_mismatches
+from cellferry.model import State, Strategy
 
 ALLOWED = frozenset({State.READY, State.CUTTING_OVER, State.SOAKING})
 DONE = frozenset({State.RETAINED, State.CLEANING, State.COMPLETED})
@@ -24,6 +27,8 @@ def cutover(context: Context, migration_id: int) -> StepResult:
     after it only finishes the hand-over.
 
     Raises:
+        TransientError: a server lost commits since it was last looked at; nothing was frozen, and
+            the next try repairs.
         Blocked: a roll-back would lose writes, and the operator did not accept that (`one_way`).
         DrainTimeout: a transaction of this organization was held longer than the deadline.
         NotConverging: the predicted pause is over the budget; nothing was frozen.
@@ -38,12 +43,14 @@ def cutover(context: Context, migration_id: int) -> StepResult:
     # What an earlier attempt left frozen must serve again, whoever paused or halted it since.
     with attempt(context, migration_id, "cutover", ALLOWED, stoppable=False) as at:
         if at.migration.state is State.SOAKING:
+            history.restore(at)
             hand_over(at)  # an earlier attempt died between the flip and the hand-over
             at.record({"handed_over": True})
             return _result(context, migration_id, repeated=True)
         serve_again(at)
         at.progress.stoppable = True
         at.progress.check_now()
+        history.follow(at, lambda: _verify_again(at))
         _insist_on_return(at)
         timings = pass_barrier(at, TURN)
         at.record({"handed_over": True, "pause": plain(timings.facts())})
@@ -71,6 +78,31 @@ def _flipped(at: Attempt) -> bool:
 
 
 TURN = Turn("cutover", State.CUTTING_OVER, State.READY, _flip, _flipped)
+
+
+def _verify_again(at: Attempt) -> None:
+    """Compare everything once more after a repair (invariant 3).
+
+    Raises:
+        VerificationFailed: both sides differ; the migration is halted.
+    """
+    if at.move.strategy is Strategy.FREEZE_FIRST:
+        return  # everything is compared under the gate
+    for kind, store in at.stores.items():
+        run_rounds(at, kind, store)
+    found = {kind: store.verify() for kind, store in at.stores.items()}
+    at.record({"verified": plain(found)})
+    failed = {kind: one for kind, one in found.items() if not one.ok}
+    if failed:
+        text = describe_mismatches(failed)
+        at.context.topology.set_halted(
+            at.migration.id, f"verification failed: {text}", at.context.actor
+        )
+        raise VerificationFailed(
+            text,
+            hint="do not force it: look for writers that bypass the gate at the destination, then "
+            "abort and start again",
+        )
 
 
 def _insist_on_return(at: Attempt) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cellferry.errors import Blocked, Unreachable, VerificationFailed, WrongState
+from cellferry.migration import history
 from cellferry.migration.barrier import Turn, hand_over, pass_barrier, thaw
 from cellferry.migration.context import Attempt, Context, StepProgress, attempt
 from cellferry.migration.result import StepResult, plain
@@ -152,10 +153,12 @@ def _roll_back(context: Context, migration_id: int, reason: str, ttl_s: float | 
         context, migration_id, "roll-back", ALLOWED, stoppable=False, returning=True
     ) as at:
         if at.migration.state is State.ROLLED_BACK:
+            history.restore(at)
             hand_over(at)  # an earlier attempt died between the flip and the hand-over
             at.record({"handed_back": True})
             return _result(context, migration_id, repeated=True)
         serve_on(at)
+        history.follow(at)
         _insist_on_way(at)
         for kind, store in at.stores.items():
             run_rounds(at, kind, store)

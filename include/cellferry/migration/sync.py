@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cellferry.errors import NotConverging
+from cellferry.migration import history
 from cellferry.migration.context import Attempt, Context, attempt
 from cellferry.migration.halts import insist_on_log_budget
 from cellferry.migration.result import StepResult
@@ -41,6 +42,7 @@ def sync(context: Context, migration_id: int) -> StepResult:
             repeated=True,
         )
     with attempt(context, migration_id, "sync", ALLOWED) as at:
+        history.follow(at)
         rounds = {kind: run_rounds(at, kind, store) for kind, store in at.stores.items()}
         at.record({"rounds": rounds})
         summary = "; ".join(
@@ -64,6 +66,7 @@ def run_rounds(at: Attempt, kind: str, store: StoreMove) -> list[dict[str, Any]]
     for number in range(1, at.options.max_rounds + 1):
         at.progress.check()
         done.append(store.sync())
+        history.note(at)
         at.progress.report(
             kind, "sync", number, None, "rounds", f"{done[-1].remaining} keys dirty after it"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cellferry.errors import VerificationFailed
+from cellferry.migration import history
 from cellferry.migration.context import Context, attempt
 from cellferry.migration.halts import halt_for_mismatch
 from cellferry.migration.positions import FACT, positions
@@ -34,6 +35,7 @@ def verify(context: Context, migration_id: int) -> StepResult:
             repeated=True,
         )
     with attempt(context, migration_id, "verify", ALLOWED) as at:
+        history.follow(at)
         evidence: dict[str, Verification] = {}
         if at.move.strategy is Strategy.ONLINE:
             for kind, store in at.stores.items():

@@ -7,7 +7,8 @@ destination is the retained copy behind its gate `moved`.
 
 Order of the verbs in an online move (`cellferry.migration` calls them)::
 
-    fence                                          at the start of every step
+    fence, landmark                                at the start of every step
+    open_capture, repair                           when a server lost commits, or the log was lost
     inventory                                      plan
     open_capture, copy                             copy
     sync, sync, …                                  sync
@@ -33,8 +34,10 @@ from cellferry.model import (
     Copied,
     Finished,
     Inventory,
+    Landmark,
     Move,
     Progress,
+    Repaired,
     Resources,
     Round,
     Side,
@@ -124,6 +127,22 @@ class StoreMove(ABC):
         """Bring the destination up to date with the dirty keys seen now; one bounded round.
 
         What a round applies it also verifies, against the same snapshot.
+        """
+
+    @abstractmethod
+    def repair(self) -> Repaired:
+        """Compare everything, and make the destination equal to the source where it differs.
+
+        For a capture that was lost or given up, and a server that lost commits: capture must be
+        armed, so that what changes meanwhile is dirty. Much cheaper than a copy; repeatable.
+        """
+
+    @abstractmethod
+    def landmark(self, side: Side) -> Landmark | None:
+        """Say where the server of `side` stands; read-only.
+
+        None where nothing durable is lost with a server's latest commits: the store compares
+        everything anyway whenever it begins.
         """
 
     def backlog(self, at_most: int) -> int:  # noqa: ARG002 - for stores that keep a log

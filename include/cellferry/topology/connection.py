@@ -7,6 +7,7 @@ import os
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -45,8 +46,8 @@ SELECT set_config('TimeZone', 'UTC', false),
        set_config('lock_timeout', '10s', false),
        set_config('idle_in_transaction_session_timeout', '30s', false),
        set_config('synchronous_commit', CASE WHEN current_setting('synchronous_commit')
-                  IN ('off', 'local') THEN 'on' ELSE current_setting('synchronous_commit') END,
-                  false)
+                  IN ('off', 'local', 'remote_write') THEN 'on'
+                  ELSE current_setting('synchronous_commit') END, false)
 """
 _CONFLICTS = ("40001", "40P01")
 _MAX_CONFLICTS = 5
@@ -119,6 +120,7 @@ class Database:
                     result = work(connection)
                     committing = True
                     connection.commit()
+                    _insist_on_confirmation(connection, self._where)
                 except psycopg.Error as error:
                     lost = _is_lost(connection, error)
                     self._reset(connection, lost=lost)
@@ -180,6 +182,8 @@ class Database:
 def connect(parameters: dict[str, Any]) -> psycopg.Connection[Row]:
     """Open a connection with our session settings; raises psycopg's own errors."""
     connection = psycopg.connect(**parameters)
+    heard = _confirmations[connection] = _Confirmations()
+    connection.add_notice_handler(heard)
     try:
         connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
         connection.execute(_SESSION)
@@ -188,6 +192,46 @@ def connect(parameters: dict[str, Any]) -> psycopg.Connection[Row]:
         connection.close()
         raise
     return connection
+
+
+class _Confirmations:
+    """Remembers whether the server said that a standby has not confirmed a commit.
+
+    A wait for a synchronous standby that is cancelled, by the statement timeout too, ends with a
+    warning and without an error: the commit is there, and gone if that standby is promoted.
+    """
+
+    def __init__(self) -> None:
+        self.cancelled = False
+
+    def __call__(self, diagnostic: errors.Diagnostic) -> None:
+        # The text is in the server's language.
+        if diagnostic.source_function == "SyncRepWaitForLSN":
+            self.cancelled = True
+
+
+#: By connection; psycopg's own has no place for it.
+_confirmations: weakref.WeakKeyDictionary[psycopg.Connection[Row], _Confirmations] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _insist_on_confirmation(connection: psycopg.Connection[Row], where: str) -> None:
+    """After a commit: see that the synchronous standby, where there is one, has it.
+
+    Raises:
+        OutcomeUnknown: it did not confirm.
+    """
+    heard = _confirmations.get(connection)
+    if heard is not None and heard.cancelled:
+        heard.cancelled = False
+        raise OutcomeUnknown(
+            "the topology's synchronous standby did not confirm a change in time: it would be lost"
+            " if that standby were promoted",
+            hint="bring the standby back, or take it out of synchronous_standby_names; then run"
+            " the step again",
+            where=where,
+        )
 
 
 def translated(error: psycopg.Error, where: str) -> CellferryError:

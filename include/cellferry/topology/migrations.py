@@ -487,6 +487,10 @@ class Migrations:
 
         def work(connection: psycopg.Connection[Any]) -> bool:
             current = _load(connection, migration_id, locked=True)
+            # A write: its commit waits until a synchronous standby has the flip as well.
+            connection.execute(
+                "UPDATE topology.migration SET updated_at = now() WHERE id = %s", [migration_id]
+            )
             if back:
                 return current.state is State.ROLLED_BACK
             return current.state not in BEFORE_FLIP and current.state is not State.ABORTED

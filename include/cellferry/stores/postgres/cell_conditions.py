@@ -11,7 +11,7 @@ from typing import Any
 from psycopg import sql
 
 from cellferry.model import Blocker, Side
-from cellferry.stores.postgres import prepare
+from cellferry.stores.postgres import prepare, timeline
 from cellferry.stores.postgres.catalog import (
     Catalog,
     CatalogSequence,
@@ -187,11 +187,22 @@ def _standbys(site: Site) -> Iterator[Blocker]:
             " and gates",
             "switch both on, unless the data may be lost",
         )
-    standbys = _rows(site, "standbys")
+    ((may_see,),) = _rows(site, "may_see_standbys")
+    standbys = _rows(site, "seen_standbys" if may_see else "standbys")
+    candidates = timeline.candidates(site.cell)
+    if missing := sorted(candidates - {name for name, _, _ in standbys}):
+        yield Blocker(
+            "candidate-missing",
+            site.where(),
+            f"failover candidates do not stream from this server: {listed(missing)}. A cutover"
+            " would wait for them in vain",
+            "start them, or correct failover_candidates in cells.yaml: it holds the"
+            " application_name of each standby's primary_conninfo",
+        )
     unconfirmed = [
         f"{name or 'unnamed'} ({address})"
         for name, address, state in standbys
-        if state not in {"sync", "quorum"}
+        if state not in {"sync", "quorum"} and name not in candidates
     ]
     if unconfirmed and site.cell.stores["postgres"].options.get("standbys_may_lag") is not True:
         yield Blocker(
@@ -199,8 +210,17 @@ def _standbys(site: Site) -> Iterator[Blocker]:
             site.where(),
             f"{len(unconfirmed)} standbys do not confirm commits: {listed(unconfirmed)}. If one is"
             " promoted, a gate or moved rows that were acknowledged are gone",
-            "name them in synchronous_standby_names; or set standbys_may_lag: true for the store"
-            " in cells.yaml if they are never promoted",
+            "name them in synchronous_standby_names; or in failover_candidates of the store in"
+            " cells.yaml, and each cutover waits for them; or set standbys_may_lag: true there if"
+            " they are never promoted",
+        )
+    elif any(name in candidates and state == "async" for name, _, state in standbys):
+        yield warning(
+            "candidate-is-asynchronous",
+            site.where(),
+            "a cutover waits until each failover candidate has the frozen gate and the moved rows;"
+            " other commits, the application's too, may be lost when one is promoted",
+            "nothing, if the product accepts that; otherwise synchronous_standby_names",
         )
     elif standbys and not synchronous:
         yield warning(
@@ -208,6 +228,14 @@ def _standbys(site: Site) -> Iterator[Blocker]:
             site.where(),
             "standbys follow asynchronously, which cells.yaml accepts (standbys_may_lag)",
             "never promote them while a migration is live",
+        )
+    if sum(state == "quorum" for _, _, state in standbys) > 1:
+        yield warning(
+            "quorum-of-standbys",
+            site.where(),
+            f"a commit is confirmed by some of these standbys, not by all: {synchronous}",
+            "promote only the one that is furthest, or name them in failover_candidates too, and"
+            " each cutover waits for all of them",
         )
     if synchronous and commit in {"off", "local"}:
         yield warning(

@@ -69,6 +69,14 @@ LEFT JOIN pg_replication_slots AS s ON s.active_pid = r.pid
 WHERE coalesce(s.slot_type, 'physical') = 'physical'
   AND coalesce(r.state, 'streaming') <> 'backup';
 
+-- name: may_see_standbys
+-- A prepared cell tells the mover what pg_stat_replication hides from ordinary roles.
+SELECT coalesce(has_function_privilege(p.oid, 'EXECUTE'), false)
+FROM (SELECT to_regprocedure('cellferry.standbys()')::oid AS oid) AS p;
+
+-- name: seen_standbys
+SELECT name, address, sync_state FROM cellferry.standbys();
+
 -- name: settings
 SELECT current_setting('synchronous_standby_names'),
        current_setting('synchronous_commit'),

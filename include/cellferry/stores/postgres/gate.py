@@ -641,6 +641,11 @@ class Barrier:
         self._connect()
 
     @property
+    def session(self) -> Connection:
+        """The session, connected anew if it was lost."""
+        return self._connect()
+
+    @property
     def lock_held(self) -> bool:
         """Whether the session lives and holds the lock, as far as this side knows."""
         return self._held and self._session is not None and not self._session.closed

@@ -261,6 +261,21 @@ AS $$
         AND a.pid <> pg_backend_pid()
 $$;
 
+-- Physical standbys that stream from here, and how far each is; ordinary roles see only that there
+-- are some. A logical slot's walsender feeds no server that could be promoted.
+CREATE OR REPLACE FUNCTION cellferry.standbys()
+RETURNS TABLE (name text, address text, sync_state text, flush_lsn pg_lsn)
+LANGUAGE sql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $$
+    SELECT COALESCE(r.application_name, ''), COALESCE(r.client_addr::text, 'local'),
+           COALESCE(r.sync_state, 'unknown'), r.flush_lsn
+    FROM pg_stat_replication AS r
+    LEFT JOIN pg_replication_slots AS s ON s.active_pid = r.pid
+    WHERE COALESCE(s.slot_type, 'physical') = 'physical'
+        AND COALESCE(r.state, 'streaming') <> 'backup'
+$$;
+
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA cellferry FROM PUBLIC;
 GRANT USAGE ON SCHEMA cellferry TO PUBLIC;
 GRANT EXECUTE ON FUNCTION cellferry.assert_authority(text, bigint) TO PUBLIC;

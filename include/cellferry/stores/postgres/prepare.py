@@ -478,8 +478,8 @@ _OWN_GRANTS = sql.SQL(
         cellferry.gate, cellferry.key_log, cellferry.lease, cellferry.checkpoint,
         cellferry.imported_row TO {role};
     GRANT USAGE ON SEQUENCE cellferry.lock_number TO {role};
-    GRANT EXECUTE ON FUNCTION cellferry.open_transactions(), cellferry.gate_holders(bigint)
-        TO {role};
+    GRANT EXECUTE ON FUNCTION cellferry.open_transactions(), cellferry.gate_holders(bigint),
+        cellferry.standbys() TO {role};
     """
 )
 
@@ -489,6 +489,7 @@ _HAS_OWN_GRANTS = """
         AND has_sequence_privilege(%(role)s, 'cellferry.lock_number', 'USAGE')
         AND has_function_privilege(%(role)s, 'cellferry.open_transactions()', 'EXECUTE')
         AND has_function_privilege(%(role)s, 'cellferry.gate_holders(bigint)', 'EXECUTE')
+        AND has_function_privilege(%(role)s, 'cellferry.standbys()', 'EXECUTE')
     FROM unnest(ARRAY['gate', 'key_log', 'lease', 'checkpoint', 'imported_row']) AS name,
         unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege
 """

@@ -132,11 +132,12 @@ def place(parameters: dict[str, Any]) -> str:
 
 
 def _insist_on_durable_commits(connection: psycopg.Connection[Any]) -> None:
-    # A role or database may commit asynchronously by default; a gate that a crash undoes is none.
-    # A stronger setting (`remote_apply`) stays.
+    # A role or database may commit asynchronously by default; a gate that a crash undoes is none,
+    # nor one that a crash of the standby undoes (`remote_write`). What is stronger
+    # (`remote_apply`) stays.
     connection.execute(
         "SELECT set_config('synchronous_commit', 'on', false)"
-        " WHERE current_setting('synchronous_commit') IN ('off', 'local')"
+        " WHERE current_setting('synchronous_commit') IN ('off', 'local', 'remote_write')"
     )
     if not connection.autocommit:
         connection.commit()

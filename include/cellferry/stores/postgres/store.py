@@ -25,9 +25,11 @@ from cellferry.model import (
     Finished,
     GateState,
     Inventory,
+    Landmark,
     Move,
     Part,
     Progress,
+    Repaired,
     Resource,
     Resources,
     Round,
@@ -38,6 +40,7 @@ from cellferry.model import (
 from cellferry.stores.base import Store, StoreMove
 from cellferry.stores.postgres import (
     cell_conditions,
+    checkpoints,
     data_map,
     data_map_file,
     gate,
@@ -47,14 +50,17 @@ from cellferry.stores.postgres import (
     rounds,
     sequences,
     sessions,
+    timeline,
 )
 from cellferry.stores.postgres import inventory as stock
+from cellferry.stores.postgres.apply import Applier
 from cellferry.stores.postgres.catalog import read_catalog
 from cellferry.stores.postgres.cleaner import Cleaner
 from cellferry.stores.postgres.copier import Copier
 from cellferry.stores.postgres.crossings import find_crossings
 from cellferry.stores.postgres.examination import Examination, Site, examples
 from cellferry.stores.postgres.references import ReferencedRows
+from cellferry.stores.postgres.repair import BUCKETS, Repairer
 from cellferry.stores.postgres.rounds import Rounds
 from cellferry.stores.postgres.schema import DataMap
 from cellferry.stores.postgres.schema_differences import find_differences
@@ -70,6 +76,9 @@ UNBOUNDED = 10**9
 
 #: Log rows that are deleted in one transaction when a log is given up.
 LOG_BATCH = 50_000
+
+#: Names the checkpoint that says of which attempt the destination has the last delta.
+LAST_DELTA = "last delta of attempt"
 
 Connection = psycopg.Connection[Any]
 T = TypeVar("T")
@@ -161,6 +170,8 @@ class PostgresMove(StoreMove):
         self._connections: dict[str, Connection] = {}
         self._barrier: gate.Barrier | None = None
         self._layouts: dict[Side, str] = {}
+        self._confirms: dict[Side, bool] = {}
+        self._at_freeze: tuple[Connection, Landmark] | None = None
         self._positions: tuple[sequences.Position, ...] = ()
         self._crossings_allowed = move.returning
 
@@ -294,10 +305,18 @@ class PostgresMove(StoreMove):
             with sessions.translate_errors(self._where(side)):
                 gate.take_lease(self._connection(side), self.move)
 
+    def landmark(self, side: Side) -> Landmark | None:
+        """Say where the server of `side` stands."""
+        with sessions.translate_errors(self._where(side)):
+            return timeline.read(self._connection(side))
+
     def open_capture(self) -> None:
         """Gate the destination, arm the source, and note what the key log does not see."""
         organization = self.move.organization.id
         self._insist_on_prepared_cells()
+        if self.move.returning:
+            self._open_reverse_capture()
+            return
         self._intend(Side.DESTINATION, "gate", organization)
         self._intend(Side.DESTINATION, "key_log", organization)
         self._intend(Side.DESTINATION, "checkpoint", str(self.move.migration))
@@ -310,6 +329,15 @@ class PostgresMove(StoreMove):
         with self._errors():
             if not layout.noted(self._destination, self.move.migration):
                 self._note_layouts(self._read_layouts())
+
+    def _open_reverse_capture(self) -> None:
+        """Arm the new cell again after its failover; the old cell's gate is still this move's."""
+        for kind in ("gate", "key_log"):
+            self._intend(Side.SOURCE, kind, self.move.organization.id)
+        with sessions.translate_errors(self._where(Side.DESTINATION)):
+            gate.hold_retained(self._connection(Side.DESTINATION), self.move)
+        with sessions.translate_errors(self._where(Side.SOURCE)):
+            gate.arm(self._connection(Side.SOURCE), self.move, self._progress)
 
     def _insist_on_prepared_cells(self) -> None:
         for side in Side:
@@ -343,6 +371,37 @@ class PostgresMove(StoreMove):
             before_commit=lambda: gate.hold_retained(self._destination, self.move)
         )
         return done
+
+    def repair(self) -> Repaired:
+        """Compare everything and apply what differs.
+
+        Rows that the key log names are left to the rounds. After the flip the source is closed
+        and needs no capture; the destination's gate is made again where a failover lost it.
+        """
+        with self._errors():
+            if not self.move.returning:
+                gate.import_gate(self._connection(Side.DESTINATION), self.move, self._progress)
+            repairer = Repairer(
+                self._source,
+                self._destination,
+                self._scope,
+                self._verifier(buckets=BUCKETS),
+                Applier(
+                    self._source,
+                    self._destination,
+                    self._scope,
+                    self._wires,
+                    self.move,
+                    refuses_crossings=not self._crossings_allowed,
+                ),
+                self._progress,
+                before_commit=(
+                    (lambda: gate.hold_retained(self._destination, self.move))
+                    if self.move.returning
+                    else None
+                ),
+            )
+            return repairer.run()
 
     def backlog(self, at_most: int) -> int:
         """Count the key log of the source."""
@@ -392,6 +451,8 @@ class PostgresMove(StoreMove):
             # Under the gate only keys above these are looked at.
             self._positions = sequences.positions(self._destination, self._scope)
             self._analyze()
+            for side in Side:
+                self._wait_for_candidates(side)
             self._barrier = self._make_barrier()
             return self._round()
 
@@ -417,8 +478,10 @@ class PostgresMove(StoreMove):
             refuses_crossings=not self._crossings_allowed,
         )
 
-    def _verifier(self) -> Verifier:
-        return Verifier(self._source, self._destination, self._scope, self.move, self._progress)
+    def _verifier(self, **arguments: Any) -> Verifier:
+        return Verifier(
+            self._source, self._destination, self._scope, self.move, self._progress, **arguments
+        )
 
     def _read_layouts(self) -> dict[Side, str]:
         return {
@@ -472,23 +535,51 @@ class PostgresMove(StoreMove):
         if self._barrier is None:
             self._barrier = self._make_barrier()
         with sessions.translate_errors(self._where(Side.SOURCE)):
+            timeline.insist_on_one_server(
+                self._barrier.session, self._source, self._where(Side.SOURCE)
+            )
+        with sessions.translate_errors(self._where(Side.DESTINATION)):
+            self._at_freeze = self._destination, timeline.read(self._destination)
+        with sessions.translate_errors(self._where(Side.SOURCE)):
             self._barrier.freeze(deadline_s)
+
+    def _wait_for_candidates(self, side: Side) -> float:
+        """Wait until what is committed on `side` by now would survive the failover of its cell."""
+        cell = self.move.cell(side)
+        named = timeline.candidates(cell)
+        with sessions.translate_errors(self._where(side)):
+            if side not in self._confirms:
+                self._confirms[side] = bool(named) or timeline.is_replicated(self._connection(side))
+            if not self._confirms[side]:
+                return 0.0
+            return timeline.wait_for_candidates(
+                self._connection(side, "candidates"),
+                named,
+                deadline_s=timeline.wait_s(cell),
+                where=self._where(side),
+            )
 
     def finish(self) -> Finished:
         """Apply and verify the last delta; arm reverse capture with it, in one transaction."""
         started = time.monotonic()
         evidence: dict[str, Any] = {}
-        with self._errors(), ThreadPoolExecutor(len(Side)) as pool:
+        with self._errors(), ThreadPoolExecutor(len(Side) + 1) as pool:
             if not self._layouts:
                 self._layouts = layout.noted(self._destination, self.move.migration)
             # Under the gate time counts: the layouts are read beside the round, and looked at
             # before it commits.
             layouts = {side: pool.submit(self._read_layout_aside, side) for side in Side}
+            frozen = pool.submit(self._wait_for_candidates, Side.SOURCE)
 
             def before_commit() -> None:
                 for side, future in layouts.items():
                     layout.insist(side, self._where(side), self._layouts.get(side), future.result())
                 gate.arm_reverse(self._destination, self.move)
+                checkpoints.write(
+                    self._destination,
+                    self.move.migration,
+                    checkpoints.Checkpoint(LAST_DELTA, (str(self.move.attempt),)),
+                )
 
             if self.move.strategy is Strategy.FREEZE_FIRST:
                 copied = self._copier().run()
@@ -502,6 +593,10 @@ class PostgresMove(StoreMove):
             if any(position.is_shared for position in self._positions):
                 advanced = sequences.advance(self._destination, self._scope, self._positions)
                 evidence["sequences"] = advanced
+            # The flip may rely on both after any failover: the frozen gate and the last delta.
+            confirmed = frozen.result() + self._wait_for_candidates(Side.DESTINATION)
+            if confirmed >= timeline.POLL_S:
+                evidence["candidates_confirmed_after_s"] = round(confirmed, 4)
         if self._map.materialized_views:
             evidence["to_refresh"] = [str(name) for name in self._map.materialized_views]
         evidence["delta"] = applied.hashes
@@ -531,6 +626,7 @@ class PostgresMove(StoreMove):
     def hand_over(self) -> None:
         """Source `moved`, destination open, both with the new epoch. Repeatable."""
         # The source is frozen durably: in which order the two become visible does not matter.
+        self._bring_last_delta_again()
         connections = {side: self._connection(side) for side in Side}
 
         def source() -> None:
@@ -544,6 +640,27 @@ class PostgresMove(StoreMove):
         with ThreadPoolExecutor(len(Side)) as pool:
             for done in [pool.submit(source), pool.submit(destination)]:
                 done.result()
+
+    def _bring_last_delta_again(self) -> None:
+        """See that the server to be opened has the last delta; bring it again where it has not.
+
+        Its cell may have failed over since it was committed there. The source is closed and has
+        everything.
+        """
+        connection = self._connection(Side.DESTINATION)
+        if self._at_freeze is None or connection is self._at_freeze[0]:
+            return
+        with sessions.translate_errors(self._where(Side.DESTINATION)):
+            if timeline.read(connection).break_since(self._at_freeze[1]) is None:
+                return
+            mark = checkpoints.read(connection, self.move.migration).get(LAST_DELTA)
+        # A standby has everything up to a moment: with this mark, all that came before it.
+        if mark is not None and mark.last_key == (str(self.move.attempt),):
+            return
+        del self.__dict__["_destination"]
+        self.fence()
+        self.repair()
+        self.finish()
 
     def release(self) -> None:
         """Unlock the gate."""

@@ -59,9 +59,13 @@ class _Findings:
     count: int = 0
     examples: list[Mismatch] = field(default_factory=list)
     hashes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    keeps_keys: bool = False
+    keys: set[Key] = field(default_factory=set)
 
     def add(self, part: str, key: Key, reason: str) -> None:
         self.count += 1
+        if self.keeps_keys:
+            self.keys.add(key)
         if len(self.examples) < EXAMPLES:
             self.examples.append(Mismatch(part, ", ".join(key), reason))
 
@@ -79,6 +83,7 @@ class Verifier:
         source: where the key log is; in autocommit mode.
         destination: nobody but this attempt writes the organization's rows there; in autocommit
             mode.
+        buckets: a power of two; the more, the fewer rows are compared one by one.
     """
 
     def __init__(
@@ -88,12 +93,15 @@ class Verifier:
         scope: Scope,
         move: Move,
         progress: Progress,
+        *,
+        buckets: int = BUCKETS,
     ) -> None:
         self._source = source
         self._destination = destination
         self._scope = scope
         self._move = move
         self._progress = progress
+        self._bucket_count = buckets
 
     def run(self) -> Verification:
         """Compare every table, then look for orphans and dangling references."""
@@ -121,6 +129,39 @@ class Verifier:
             seconds=time.monotonic() - started,
         )
 
+    # ── for repair: the same comparison, piece by piece, telling every key ──────────────────────
+
+    def suspects(self, table: Table) -> tuple[int, list[list[int]]]:
+        """Compare `table` by buckets; return the source's rows and, in pieces, what differs."""
+        with snapshot(self._source), snapshot(self._destination):
+            here, there = self._both_buckets(table)
+        return _sum(here).count, list(_pieces(_differing(here, there), here, there))
+
+    def differing(self, table: Table, buckets: list[int]) -> set[Key]:
+        """Return the keys in `buckets` that differ and that no log row of the snapshot names.
+
+        In the caller's snapshots of both sides.
+        """
+        findings = _Findings(keeps_keys=True)
+        self._drill(table, buckets, self._dirty(table), findings)
+        return findings.keys
+
+    def astray(self, table: Table) -> set[Key]:
+        """Return keys of rows that a comparison does not see to be wrong.
+
+        Those whose owner cannot be told at the destination, those that refer to rows which it
+        lacks, and shared rows that this migration brought and that differ now. In the caller's
+        snapshots of both sides.
+        """
+        findings = _Findings(keeps_keys=True)
+        if self._scope.is_owned(table):
+            dirty = self._dirty(table)
+            self._orphans(table, dirty, findings)
+            self._references(table, dirty, findings)
+        else:
+            self._imported(table, findings)
+        return findings.keys
+
     def _dirty(self, table: Table) -> set[Key]:
         return {
             tuple(key)
@@ -134,10 +175,7 @@ class Verifier:
     # ── rows ────────────────────────────────────────────────────────────────────────────────────
 
     def _compare(self, table: Table, dirty: set[Key], findings: _Findings) -> None:
-        with ThreadPoolExecutor(max_workers=1) as other_side:
-            pending = other_side.submit(self._buckets, self._destination, table)
-            here = self._buckets(self._source, table)
-            there = pending.result()
+        here, there = self._both_buckets(table)
         total, other = _sum(here), _sum(there)
         findings.compared += total.count
         part = {
@@ -149,19 +187,22 @@ class Verifier:
             part["placement"] = table.placement.value
         findings.hashes[str(table.name)] = part
         excused = 0
-        differing = sorted(
-            bucket for bucket in here.keys() | there.keys() if here.get(bucket) != there.get(bucket)
-        )
-        for buckets in _pieces(differing, here, there):
+        for buckets in _pieces(_differing(here, there), here, there):
             excused += self._drill(table, buckets, dirty, findings)
         if excused:
             part["dirty"] = excused
+
+    def _both_buckets(self, table: Table) -> tuple[Mapping[int, _Digest], Mapping[int, _Digest]]:
+        with ThreadPoolExecutor(max_workers=1) as other_side:
+            pending = other_side.submit(self._buckets, self._destination, table)
+            here = self._buckets(self._source, table)
+            return here, pending.result()
 
     def _buckets(self, connection: psycopg.Connection[Any], table: Table) -> Mapping[int, _Digest]:
         statement = sql.SQL(
             "SELECT {bucket}, count(*), sum({hash}) FROM {table} AS t WHERE {owned} GROUP BY 1"
         ).format(
-            bucket=_bucket(table),
+            bucket=self._bucket(table),
             hash=row_hash(table),
             table=table.name.identifier,
             owned=self._scope.owned(table),
@@ -201,12 +242,17 @@ class Verifier:
             hash=row_hash(table),
             table=table.name.identifier,
             owned=self._scope.owned(table),
-            bucket=_bucket(table),
+            bucket=self._bucket(table),
             buckets=text_array([str(bucket) for bucket in buckets]),
         )
         return {
             tuple(key): (count, int(total)) for key, count, total in connection.execute(statement)
         }
+
+    def _bucket(self, table: Table) -> sql.Composed:
+        return sql.SQL("(({}) & {})::int").format(
+            key_hash(table), sql.Literal(self._bucket_count - 1)
+        )
 
     # ── what a comparison does not see ──────────────────────────────────────────────────────────
 
@@ -342,8 +388,10 @@ class Verifier:
         return {tuple(key): int(value) for key, value in connection.execute(statement)}
 
 
-def _bucket(table: Table) -> sql.Composed:
-    return sql.SQL("(({}) & {})::int").format(key_hash(table), sql.Literal(BUCKETS - 1))
+def _differing(here: Mapping[int, _Digest], there: Mapping[int, _Digest]) -> list[int]:
+    return sorted(
+        bucket for bucket in here.keys() | there.keys() if here.get(bucket) != there.get(bucket)
+    )
 
 
 def _collate(table: Table, column: str) -> sql.SQL:

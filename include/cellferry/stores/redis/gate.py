@@ -267,13 +267,14 @@ class Gate:
             WrongState: the gate is `moved`, or frozen by another migration.
         """
 
-        def decide(marker: Marker | None, _rules: AccessRules | None) -> Change | None:
+        def decide(marker: Marker | None, rules: AccessRules | None) -> Change | None:
             if marker is None or (marker.state is GateState.OPEN and not self._is_mine(marker)):
                 return None
             if marker.state is GateState.OPEN:
                 # Written again: a freeze whose connection was lost may come yet, and finds its
-                # watched key changed.
-                return Change(marker)
+                # watched key changed. And the server may have lost the frozen marker with its
+                # last second, but not the rules, which are saved at once.
+                return Change(marker, marker.rules if self._is_closed(marker, rules) else None)
             if marker.state is not GateState.FROZEN or not self._is_mine(marker):
                 raise self._wrong(marker, "open")
             return Change(replace(marker, state=GateState.OPEN), marker.rules)
@@ -287,9 +288,13 @@ class Gate:
             WrongState: the gate is not frozen by this migration.
         """
 
-        def decide(marker: Marker | None, _rules: AccessRules | None) -> Change | None:
+        def decide(marker: Marker | None, rules: AccessRules | None) -> Change | None:
             if marker and self._is_moved_by_us(marker):
                 return None
+            if marker and marker.state is GateState.OPEN and self._is_closed(marker, rules):
+                # The server has lost the frozen marker with its last second. Its rules were saved
+                # before the flip: nobody has written since.
+                marker = replace(marker, state=GateState.FROZEN)
             if (
                 marker is None
                 or marker.state is not GateState.FROZEN
@@ -503,6 +508,14 @@ class Gate:
         if self.move.returning:
             return marker.state is GateState.MOVED and marker.epoch == self.move.epoch
         return marker.state is GateState.IMPORTING
+
+    def _is_closed(self, marker: Marker, rules: AccessRules | None) -> bool:
+        """Whether the application's user has exactly the keys that this migration's freeze left."""
+        if rules is None or marker.rules is None or not self._is_mine(marker):
+            return False
+        # The server writes the list of commands in a form of its own.
+        closed = marker.rules.closed(self.prefix, (), reads=True)
+        return set(rules.keys) == set(closed.keys) and not rules.selectors
 
     def _is_mine(self, marker: Marker) -> bool:
         return marker.migration == self.move.migration

@@ -31,8 +31,10 @@ from cellferry.model import (
     Finished,
     GateState,
     Inventory,
+    Landmark,
     Move,
     Progress,
+    Repaired,
     Resource,
     Resources,
     Round,
@@ -317,6 +319,9 @@ class RedisMove(base.StoreMove):
     @_verb
     def open_capture(self) -> None:
         """Write down the source's rules, close the destination for everybody but the mover."""
+        if self.move.returning:
+            self._require_importing()
+            return
         for side in Side:
             self._intend(side, "gate", self._prefix.marker("gate"))
         self._gate(Side.SOURCE).record_source()
@@ -366,6 +371,23 @@ class RedisMove(base.StoreMove):
             applied.size + total.size,
             time.monotonic() - started,
         )
+
+    @_verb
+    def repair(self) -> Repaired:
+        """Compare every key and bring over what differs, whatever was compared before."""
+        started = time.monotonic()
+        if self.move.returning and not self._can_be_read_by(Side.DESTINATION, writer=Side.SOURCE):
+            return Repaired(0, 0, 0.0)
+        self._end_feed()
+        applied = self._follow()
+        total = self._round(ROUND_KEYS)
+        return Repaired(
+            applied.compared, applied.keys + total.keys, time.monotonic() - started
+        )
+
+    def landmark(self, side: Side) -> Landmark | None:  # noqa: ARG002 - the same for both
+        """None: a change feed lives in one process, and each begins with a complete comparison."""
+        return None
 
     @_verb
     def verify(self) -> Verification:
@@ -673,6 +695,19 @@ class RedisMove(base.StoreMove):
     def _require_importing(self) -> None:
         gate = self._gate(Side.DESTINATION)
         if not gate.receives():
+            if gate.read() is None:
+                raise WrongState(
+                    "the server has lost this migration's gate: its keys were deleted, or an older"
+                    " state of it was restored",
+                    hint="nothing was written there; see what else it lost. "
+                    + (
+                        "The organization stays at its new cell, which has everything"
+                        if self.move.returning
+                        else "Abort the migration and plan it anew: the source has everything"
+                    ),
+                    organization=self.move.organization.id,
+                    where=gate.where,
+                )
             raise WrongState(
                 "the destination is not gated for this migration",
                 hint="the organization came back or was taken over; reverse rounds have ended"
