@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: docs-check help venv demo test lint fleet-up fleet-down fleet-status lock docs clean
+.PHONY: docs-check help venv demo test test-fault lint fleet-up fleet-down fleet-status lock docs clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -39,6 +39,10 @@ lint: venv lock-check docs-check ## ruff, mypy, import-linter, the lock
 
 test: venv ## every test, on real servers
 	$(BIN)/pytest
+
+test-fault: venv ## the whole kill matrix: SEED=, ONLY='text;text', JOBS=, SABOTAGE=
+	@$(BIN)/python -m tests.fault.matrix $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only '$(ONLY)') \
+		$(if $(JOBS),--jobs $(JOBS)) $(if $(SABOTAGE),--sabotage '$(SABOTAGE)')
 
 demo: venv ## from nothing to the report
 	@$(BIN)/python -m cellferry.local.demo

@@ -451,18 +451,32 @@ def test_a_flip_that_an_asynchronous_topology_lost_does_not_open_the_old_cell(
 def test_a_change_that_the_topologys_standby_does_not_confirm_is_not_taken_for_made(
     failover: MakeFailover,
 ) -> None:
-    """A wait that is cancelled, by the statement timeout too, ends without an error."""
+    """A commit waits for the standby; if somebody cancels that, it ends without an error."""
     fail = failover("topology", synchronous=True)
     fail.stop_streaming()
+    stop = threading.Event()
+
+    def cancel() -> None:
+        with psycopg.connect(fail.primary.url(), autocommit=True) as connection:
+            while not stop.wait(0.05):
+                connection.execute(
+                    "SELECT pg_cancel_backend(pid) FROM pg_stat_activity"
+                    " WHERE wait_event = 'SyncRep'"
+                )
 
     def change(connection: psycopg.Connection[Any]) -> None:
-        connection.execute("SET statement_timeout = '300ms'")
         connection.execute("UPDATE topology.cell SET region = 'elsewhere'")
 
+    impatient = threading.Thread(target=cancel)
+    impatient.start()
     database = Database(fail.cells.connections["cellferry-topology"])
-    with pytest.raises(OutcomeUnknown, match="standby did not confirm"):
-        database.run(change, repeatable=False)
-    database.close()
+    try:
+        with pytest.raises(OutcomeUnknown, match="standby did not confirm"):
+            database.run(change, repeatable=False)
+    finally:
+        stop.set()
+        impatient.join()
+        database.close()
 
 
 class KilledError(BaseException):

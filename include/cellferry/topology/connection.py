@@ -197,8 +197,8 @@ def connect(parameters: dict[str, Any]) -> psycopg.Connection[Row]:
 class _Confirmations:
     """Remembers whether the server said that a standby has not confirmed a commit.
 
-    A wait for a synchronous standby that is cancelled, by the statement timeout too, ends with a
-    warning and without an error: the commit is there, and gone if that standby is promoted.
+    A wait for a synchronous standby that somebody cancels ends with a warning and without an error:
+    the commit is there, and gone if that standby is promoted.
     """
 
     def __init__(self) -> None:
@@ -226,7 +226,7 @@ def _insist_on_confirmation(connection: psycopg.Connection[Row], where: str) -> 
     if heard is not None and heard.cancelled:
         heard.cancelled = False
         raise OutcomeUnknown(
-            "the topology's synchronous standby did not confirm a change in time: it would be lost"
+            "the topology's synchronous standby did not confirm a change: it would be lost"
             " if that standby were promoted",
             hint="bring the standby back, or take it out of synchronous_standby_names; then run"
             " the step again",

@@ -8,6 +8,7 @@ from typing import Any
 
 import psycopg
 
+from cellferry.errors import LeaseLost
 from cellferry.model import Resource, State
 from cellferry.topology.connection import Database
 
@@ -27,14 +28,24 @@ class RegisteredResource:
 class MigrationResources:
     """`cellferry.model.Resources` of one migration."""
 
-    def __init__(self, database: Database, migration_id: int) -> None:
+    def __init__(
+        self, database: Database, migration_id: int, attempt: int | None = None
+    ) -> None:
         self._database = database
         self._migration_id = migration_id
+        self._attempt = attempt
 
     def intend(self, resource: Resource) -> None:
-        """Record `resource` durably *before* it is made; repeating is harmless."""
+        """Record `resource` durably *before* it is made; repeating is harmless.
+
+        Raises:
+            LeaseLost: another attempt took over. It may have removed everything since, and what
+                is recorded now would stay recorded for ever.
+        """
 
         def work(connection: psycopg.Connection[Any]) -> None:
+            if self._attempt is not None:
+                self._insist_on_lease(connection, self._attempt)
             connection.execute(
                 """
                 INSERT INTO topology.resource (migration, cell, store, kind, name)
@@ -63,6 +74,16 @@ class MigrationResources:
 
         self._database.run(work)
 
+    def _insist_on_lease(self, connection: psycopg.Connection[Any], attempt: int) -> None:
+        row = connection.execute(
+            "SELECT attempt FROM topology.migration WHERE id = %s FOR SHARE", [self._migration_id]
+        ).fetchone()
+        if row is None or row[0] != attempt:
+            raise LeaseLost(
+                f"attempt {attempt} of migration {self._migration_id} was superseded",
+                hint="nothing to do: the newer attempt goes on",
+            )
+
     def _key(self, resource: Resource) -> list[Any]:
         return [self._migration_id, resource.cell, resource.store, resource.kind, resource.name]
 
@@ -72,9 +93,15 @@ class Registry:
 
     _database: Database
 
-    def resources(self, migration_id: int) -> MigrationResources:
-        """Return the registry of one migration, as the stores want it."""
-        return MigrationResources(self._database, migration_id)
+    def resources(self, migration_id: int, attempt: int | None = None) -> MigrationResources:
+        """Return the registry of one migration, as the stores want it.
+
+        Args:
+            migration_id: the migration.
+            attempt: who records; a superseded attempt records nothing. None for those who only
+                forget or look.
+        """
+        return MigrationResources(self._database, migration_id, attempt)
 
     def live_resources(self, migration_id: int) -> list[Resource]:
         """Return what a migration intended and has not forgotten, oldest first."""

@@ -690,7 +690,14 @@ class PostgresMove(StoreMove):
             )
             back = Examination(there, home, self._map, self.move.organization.id)
             found = [
-                *cell_conditions.check_cell(back, back.destination, Side.DESTINATION),
+                # A candidate that is away for a moment is worth a wait: `catch_up` asks.
+                *(
+                    blocker
+                    for blocker in cell_conditions.check_cell(
+                        back, back.destination, Side.DESTINATION
+                    )
+                    if blocker.code != "candidate-missing"
+                ),
                 *find_differences(back),
             ]
             if self.move.returning and not any(blocker.fatal for blocker in found):
