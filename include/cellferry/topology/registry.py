@@ -28,9 +28,7 @@ class RegisteredResource:
 class MigrationResources:
     """`cellferry.model.Resources` of one migration."""
 
-    def __init__(
-        self, database: Database, migration_id: int, attempt: int | None = None
-    ) -> None:
+    def __init__(self, database: Database, migration_id: int, attempt: int | None = None) -> None:
         self._database = database
         self._migration_id = migration_id
         self._attempt = attempt

@@ -100,6 +100,16 @@ class Applier:
         except (psycopg.errors.UniqueViolation, psycopg.errors.ExclusionViolation):
             return self._attempt(keys, complete=complete, careful=True, before_commit=before_commit)
 
+    def delete_waiting(self, keys: Keys) -> None:
+        """Delete those rows of `keys` of which the destination cannot tell whose they are."""
+        waiting = {
+            table: set(keys[str(table.name)])
+            for table in self._scope.tables
+            if keys.get(str(table.name))
+        }
+        with write(self._destination, self._move):
+            self._delete_orphans(waiting)
+
     def _attempt(
         self,
         keys: Keys,
