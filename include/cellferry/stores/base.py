@@ -134,7 +134,7 @@ class StoreMove(ABC):
         """Compare everything, and make the destination equal to the source where it differs.
 
         For a capture that was lost or given up, and a server that lost commits: capture must be
-        armed, so that what changes meanwhile is dirty. Much cheaper than a copy; repeatable.
+        armed, so that what changes meanwhile is dirty. Takes as long as `verify`; repeatable.
         """
 
     @abstractmethod
