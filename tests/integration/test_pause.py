@@ -538,3 +538,52 @@ def test_a_cell_that_does_not_answer_does_not_keep_the_others_from_being_looked_
         found = steps.watch(context, quiet_s=0)
     assert [line.split(":")[0] for line in found.halted] == ["org-7"]
     assert [line.split(":")[0] for line in found.failed] == ["org-9"]
+
+
+def test_a_row_that_only_the_log_knew_is_not_left_behind(
+    cells: TwoCells, acme: Organization
+) -> None:
+    """A child that was copied before its parent: without the log nobody can tell whose it is."""
+    migration = ready(cells, acme)
+    key = 700_000_199
+    with cells.admin("cell-2") as connection:
+        connection.execute("SET session_replication_role = replica")
+        connection.execute("INSERT INTO comments VALUES (%s, %s, 'early')", (key, key))
+    with cells.admin("cell-1") as connection:
+        connection.execute(
+            "INSERT INTO cellferry.key_log (organization, relation, key)"
+            " VALUES ('7', 'public.comments', ARRAY[%s])",
+            (str(key),),
+        )
+    pause(cells, migration)
+    with cells.context() as context:
+        assert pausing.give_up_log(context, migration, "by hand")
+        steps.abort(context, migration, "no more")
+    with cells.admin("cell-2") as connection:
+        left = connection.execute("SELECT count(*) FROM comments WHERE id = %s", (key,)).fetchone()
+    assert left == (0,)
+    assert (cells.traces("cell-1"), cells.traces("cell-2")) == (NO_TRACES, NO_TRACES)
+
+
+def test_a_step_that_has_not_noticed_its_pause_loses_the_migration(
+    cells: TwoCells, acme: Organization
+) -> None:
+    """Else it would go on as if the log were whole."""
+    migration = cells.plan(acme, rows_per_s=4000, batch_rows=200)
+    given_up: list[bool] = []
+
+    def hook(phase: Phase) -> None:
+        if phase is Phase.COPY_BATCH and not given_up:
+            pause(cells, migration)
+            with cells.context() as other:
+                given_up.append(pausing.give_up_log(other, migration, "by hand"))
+            resume(cells, migration)
+
+    with listening(hook), cells.context() as context, pytest.raises(LeaseLost):
+        steps.copy(context, migration)
+    found = cells.migration(migration)
+    assert (found.state, given_up, found.attempt) == (State.COPYING, [True], 2)
+    with cells.context() as context:
+        for step in (steps.copy, steps.sync, steps.verify):
+            step(context, migration)
+    insist_on_equal_cells(cells)

@@ -173,6 +173,21 @@ class Rounds:
             applied,
         )
 
+    def give_up(self, max_rows: int) -> bool:
+        """Forget the oldest log rows without applying them; say whether more may be left.
+
+        A copied row whose parent has not come goes: only the log says whose it is.
+
+        Raises:
+            LeaseLost: another attempt took over.
+            WrongState: the log is another migration's.
+        """
+        with snapshot(self._source):
+            dirty = read_log(self._source, self._move.organization.id, max_rows, max_rows)
+            self._applier.delete_waiting(dirty.keys)
+        self.forget(dirty)
+        return not dirty.complete
+
     def forget(self, dirty: DirtyKeys) -> None:
         """Delete exactly the log rows that were seen; the destination has committed them.
 

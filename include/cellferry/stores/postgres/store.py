@@ -414,22 +414,11 @@ class PostgresMove(StoreMove):
             connection = self._connection(Side.SOURCE)
             found = gate.state(connection, self.move.organization.id)
             if found is not None and found.migration == self.move.migration and found.armed:
-                while self._delete_log_rows(connection) == LOG_BATCH:
+                while self._rounds().give_up(LOG_BATCH):
                     self._progress.check()
             gate.disarm(connection, self.move)  # and what was logged meanwhile
         for kind in ("gate", "key_log"):
             self._resources.forget(self._resource(Side.SOURCE, kind, self.move.organization.id))
-
-    def _delete_log_rows(self, connection: Connection) -> int:
-        """Delete a batch of the log of a migration that needs it no more, if it still is its."""
-        with write(connection, self.move):
-            gate.hold_capture(connection, self.move)
-            return connection.execute(
-                "DELETE FROM cellferry.key_log WHERE organization = %(organization)s AND id IN"
-                " (SELECT id FROM cellferry.key_log WHERE organization = %(organization)s"
-                " ORDER BY id LIMIT %(batch)s)",
-                {"organization": self.move.organization.id, "batch": LOG_BATCH},
-            ).rowcount
 
     def verify(self) -> Verification:
         """Compare everything; a success is what a layout is compared with later."""
