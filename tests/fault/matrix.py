@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import multiprocessing
 import os
@@ -31,6 +32,7 @@ from tests.fault.world import World
 _WORLD_LASTS = 60
 #: A worker that says nothing for so long hangs: a fault that the steps' own deadlines miss.
 _SILENT_S = 600.0
+_PR_SET_PDEATHSIG = 1
 
 
 def chosen(everything: Sequence[Scenario], only: str | None) -> list[Scenario]:
@@ -99,7 +101,13 @@ def play(todo: Sequence[Scenario], jobs: int, *, sabotage: str | None = None) ->
 
 
 def _work(tasks: Any, results: Any, sabotage: str | None) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+
+    def end(_number: int, _frame: object) -> None:
+        results.cancel_join_thread()  # nobody may be there to read
+        sys.exit(1)
+
+    signal.signal(signal.SIGTERM, end)
+    _end_with_parent()
     world: World | None = None
     played = 0
     try:
@@ -131,6 +139,15 @@ def _work(tasks: Any, results: Any, sabotage: str | None) -> None:
     finally:
         if world is not None:
             world.close()
+
+
+def _end_with_parent() -> None:
+    """Let this worker, and with it its servers, end when the run is killed (Linux only)."""
+    parent = multiprocessing.parent_process()
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    if parent is not None and not parent.is_alive():  # it ended before the call
+        sys.exit(1)
 
 
 def table(outcomes: Iterable[Outcome]) -> str:
