@@ -18,6 +18,7 @@
         ├── WrongState            the step does not fit the migration's state
         ├── VerificationFailed    both sides differ
         ├── AuthorityViolation    somebody wrote where they had no authority
+        ├── Breached              after the cutover a check of soak failed for too long
         └── Stopped               a person paused or halted the migration
             ├── Paused
             └── Halted
@@ -133,6 +134,10 @@ class VerificationFailed(PermanentError):
 
 class AuthorityViolation(PermanentError):
     """Data was written in a cell that had no authority for it."""
+
+
+class Breached(PermanentError):
+    """An organization is not as well at its new cell as it was before; the migration is halted."""
 
 
 class Stopped(PermanentError):

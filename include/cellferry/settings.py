@@ -97,6 +97,7 @@ class OrganizationSettings(_Strict):
     """How organizations are found in the stores."""
 
     data_map: Path | None = None
+    smoke_queries: Path | None = None
 
 
 class Settings(_Strict):
@@ -209,11 +210,14 @@ def load(path: Path) -> Settings:
             for fault in error.errors()
         )
         raise InvalidInput(f"{path}: {faults}", hint=_GUIDE) from error
-    data_map = settings.organization.data_map
-    if data_map is not None and not data_map.is_absolute():
-        resolved = OrganizationSettings(data_map=path.parent / data_map)
-        settings = settings.model_copy(update={"organization": resolved})
-    return settings
+    files = {
+        name: path.parent / file  # an absolute one stays as it is
+        for name, file in settings.organization
+        if isinstance(file, Path)
+    }
+    return settings.model_copy(
+        update={"organization": settings.organization.model_copy(update=files)}
+    )
 
 
 _GUIDE = "docs/platform-guide.md shows a whole cells.yaml"

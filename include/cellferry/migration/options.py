@@ -44,6 +44,32 @@ class MoveOptions(BaseModel):
     )
     max_rounds: int = Field(50, ge=1, le=10_000, description="Rounds before sync gives up.")
     soak_s: float = Field(2, ge=0, le=86_400, description="How long soak watches.")
+    roll_back_on_breach: bool = Field(
+        False,
+        description="When soak finds the organization unwell at its new cell: not only halt, but "
+        "also roll it back, once.",
+    )
+    breach_s: float = Field(
+        15, ge=0, le=3_600, description="How long a check of soak must fail before it counts."
+    )
+    soak_operations: int = Field(
+        100, ge=10, le=1_000_000, description="Operations that clients must have reported to judge."
+    )
+    soak_error_factor: float = Field(
+        2, ge=1, le=1_000, description="Errors that are too many: so many times what they were."
+    )
+    soak_latency_factor: float = Field(
+        3, ge=1, le=1_000, description="Latency that is too long: so many times what it was."
+    )
+    soak_lag_keys: int = Field(
+        100_000, ge=0, le=1_000_000_000, description="Changes that may wait for the old cell."
+    )
+    soak_lag_s: float = Field(
+        120, gt=0, le=86_400, description="Longest time without a reverse round that ended."
+    )
+    route_ttl_s: float = Field(
+        30, ge=0, le=86_400, description="How old a route may be: `ttl_s` of the route clients."
+    )
     ttl_s: float = Field(
         3_600,
         ge=0,

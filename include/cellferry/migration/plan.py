@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cellferry.errors import AccessDenied, Blocked, InvalidInput, NotPrepared
+from cellferry.migration import smoke_queries
 from cellferry.migration.context import Context, StepProgress
 from cellferry.migration.options import MoveOptions
 from cellferry.migration.rates import Rates, measured_rates
@@ -118,6 +119,7 @@ def plan(
             hint="choose another destination",
         )
     topology.insist_on_start((source, destination), options.cohort)
+    queries = smoke_queries.of(context)
     move = context.dry_move(found, source, destination, options)
     inventories: dict[str, Inventory] = {}
     blockers: list[Blocker] = []
@@ -128,6 +130,8 @@ def plan(
         try:
             with store.open(move, _Nothing(), progress) as opened:
                 inventories[kind] = opened.inventory()
+                if opened.asks_early:
+                    smoke_queries.rehearse(context, kind, opened, queries)
         except (AccessDenied, NotPrepared):
             if not any(blocker.fatal for blocker in unprepared):
                 raise

@@ -2,27 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from typing import Any
 
-from cellferry.errors import AuthorityViolation
+from cellferry.errors import (
+    AuthorityViolation,
+    Breached,
+    CellferryError,
+    LeaseLost,
+    TransientError,
+)
+from cellferry.migration import history
 from cellferry.migration.context import Attempt, Context, attempt
+from cellferry.migration.halts import automatic, judge_failure
+from cellferry.migration.health import Finding
+from cellferry.migration.options import MoveOptions
 from cellferry.migration.result import StepResult, plain
-from cellferry.model import Round, State
+from cellferry.migration.roll_back import roll_back
+from cellferry.migration.watch import Watch
+from cellferry.model import Migration, Round, State
 from cellferry.phases import Phase, reach
 
 DONE = frozenset({State.RETAINED, State.CLEANING, State.COMPLETED})
+
+#: Seconds between two samples, and between two tries to reach a cell that does not answer.
+EVERY_S = 1.0
+TRY_AGAIN_S = 3.0
+#: How far a soak has got is kept so often, in seconds; a killed one goes on from there.
+KEEP_S = 10.0
 
 
 def soak(context: Context, migration_id: int) -> StepResult:
     """Watch for `soak_s`, replaying the organization's new writes to the gated old cell.
 
-    Guarantees that reverse rounds work, so that a return would lose nothing. Changes the old
-    cell's copy. May be repeated.
+    Guarantees that reverse rounds work, so that a return would lose nothing, and that no check
+    failed at the end. Changes the old cell's copy. May be repeated; a killed one goes on. When a
+    check fails for `breach_s` the migration is halted; with `roll_back_on_breach`, and if the old
+    cell would do better, the organization is then rolled back, once.
 
     Raises:
+        Breached: a check failed; says which, the value, what it was before, the limit, and
+            whether the organization went back.
         AuthorityViolation: the route no longer points where this migration put it.
+        InvalidInput: the file of smoke queries has become wrong.
     """
     migration = context.topology.migration(migration_id)
+    if migration.halted and migration.facts.get("breach"):
+        raise _after_breach(context, migration)
     if migration.state in DONE:
         return StepResult(
             "soak",
@@ -32,31 +59,134 @@ def soak(context: Context, migration_id: int) -> StepResult:
             "soaked before",
             repeated=True,
         )
-    with attempt(context, migration_id, "soak", frozenset({State.SOAKING}), returning=True) as at:
-        started = time.monotonic()
-        rounds = 0
-        last: dict[str, Round] = {}
-        while True:
-            _check_route(at)
-            last = replay(at)
-            rounds += 1
-            elapsed = time.monotonic() - started
-            at.progress.report("soak", "soak", int(elapsed), int(at.options.soak_s), "s")
-            if elapsed >= at.options.soak_s:
-                break
-            at.progress.check()
-            time.sleep(min(1.0, at.options.soak_s - elapsed))
-        facts = {"rounds": rounds, "last": plain(last)}
-        reach(Phase.SOAKED)
-        at.transition(State.RETAINED, {"soaked": facts})
-        return StepResult(
-            "soak",
-            migration_id,
-            at.move.organization.slug,
-            at.migration.state,
-            f"{rounds} reverse rounds; the old cell can take it back",
-            facts,
-        )
+    watch = Watch(context, migration)
+    while True:
+        try:
+            with attempt(
+                context, migration_id, "soak", frozenset({State.SOAKING}), returning=True
+            ) as at:
+                return _watch(at, watch)
+        except Breached:
+            raise _after_breach(context, context.topology.migration(migration_id)) from None
+        except TransientError as error:
+            # A cell does not answer, or the topology, without which this raises as well.
+            watch.sample_without(error)
+            if watch.breach is not None:
+                _halt(context, context.topology.migration(migration_id), watch, watch.breach)
+                breached = _after_breach(context, context.topology.migration(migration_id))
+                judge_failure(context, migration, "soak", breached)
+                raise breached from error
+            time.sleep(TRY_AGAIN_S)
+
+
+def _watch(at: Attempt, watch: Watch) -> StepResult:
+    """Take samples until the time is over and nothing is suspicious.
+
+    Raises:
+        Breached: something was so for too long; the migration is halted.
+    """
+    history.follow(at)
+    before_s = float(at.migration.facts.get("soaking", {}).get("watched_s", 0.0))
+    started = kept_at = time.monotonic()
+    rounds = 0
+    while True:
+        _check_route(at)
+        last = replay(at)
+        rounds += 1
+        now = time.monotonic()
+        watched_s = before_s + now - started
+        is_over = watched_s >= at.options.soak_s
+        watch.sample(at, last, last=is_over)
+        note = watch.note()
+        shown_s = min(int(watched_s), int(at.options.soak_s))
+        at.progress.report("soak", "soak", shown_s, int(at.options.soak_s), "s", note)
+        if watch.breach is not None:
+            _halt(at.context, at.context.topology.migration(at.migration.id), watch, watch.breach)
+            raise Breached(watch.breach.text)
+        if is_over and not watch.is_suspicious:
+            break
+        if now - kept_at >= KEEP_S:
+            kept_at = now
+            at.record({"soaking": {"watched_s": round(watched_s, 1), **watch.facts()}})
+        at.progress.check()
+        left_s = at.options.soak_s - watched_s
+        time.sleep(min(EVERY_S, left_s) if left_s > 0 else EVERY_S)
+    facts = {
+        "rounds": rounds,
+        "last": plain(last),
+        "watched_s": round(watched_s, 1),
+        **watch.facts(),
+    }
+    reach(Phase.SOAKED)
+    at.transition(State.RETAINED, {"soaked": facts, "soaking": {}, "breach": None})
+    warnings = watch.warnings()
+    return StepResult(
+        "soak",
+        at.migration.id,
+        at.move.organization.slug,
+        at.migration.state,
+        f"{rounds} reverse rounds; {note}; the old cell can take it back"
+        + (f". Not judged: {'; '.join(warnings)}" if warnings else ""),
+        {**facts, "warnings": warnings},
+    )
+
+
+def _halt(context: Context, migration: Migration, watch: Watch, breach: Finding) -> None:
+    """Keep what was found, then halt. A step that is killed in between watches again."""
+    options = MoveOptions.model_validate(dict(migration.options))
+    goes_back = options.roll_back_on_breach and breach.returning_helps
+    facts: dict[str, Any] = {
+        "check": breach.check,
+        "text": f"soak: {breach.text}",
+        "finding": plain(breach),
+        "roll_back": "begun" if goes_back else "none",
+        **watch.facts(),
+    }
+    context.topology.record(migration.id, migration.attempt, {"breach": facts, "soaking": {}})
+    context.topology.set_halted(migration.id, facts["text"], automatic(context))
+
+
+def _after_breach(context: Context, migration: Migration) -> Breached:
+    """Go back if that was decided, then return the error that says what happened.
+
+    A roll-back that was begun and killed is finished; one that failed is not tried again.
+
+    Raises:
+        LeaseLost: another controller works on it.
+    """
+    breach: dict[str, Any] = dict(migration.facts["breach"])
+    text = str(breach["text"])
+    slug, new, old = migration.organization.slug, migration.destination, migration.source
+    look = f"find the cause at {new}, then: cellferry clear-halt organization {slug} --reason …"
+    if breach["roll_back"] == "begun":
+        try:
+            result = roll_back(context, migration.id, text)
+        except LeaseLost:
+            raise
+        except CellferryError as error:
+            breach |= {"roll_back": "failed", "failure": str(error)}
+            text = f"{text}; rolling back automatically failed: {error}"
+        else:
+            breach |= {"roll_back": "done"}
+            text = f"{text}; rolled back without loss: {result.summary}"
+        breach["text"] = text
+        with contextlib.suppress(CellferryError):
+            newest = context.topology.migration(migration.id).attempt
+            context.topology.record(migration.id, newest, {"breach": breach})
+            context.topology.set_error(migration.id, text, attempt=newest)
+    served, hint = {
+        "done": (f"{old} serves again", look),
+        "failed": (
+            f"it stays in {new}, which serves on",
+            f"do what the second reason says, then: cellferry roll-back {slug}",
+        ),
+    }.get(
+        breach["roll_back"],
+        (f"{new} serves on", f"to go back: cellferry roll-back {slug}; to stay: {look}"),
+    )
+    return Breached(
+        f"{text}. The migration is halted; {served}", organization=slug, step="soak", hint=hint
+    )
 
 
 def reverse_round(context: Context, migration_id: int) -> StepResult:
@@ -69,6 +199,7 @@ def reverse_round(context: Context, migration_id: int) -> StepResult:
     """
     retained = frozenset({State.RETAINED})
     with attempt(context, migration_id, "reverse round", retained, returning=True) as at:
+        history.follow(at)
         rounds = replay(at)
         return StepResult(
             "reverse round",

@@ -8,6 +8,7 @@ from cellferry.migration.context import Context, attempt
 from cellferry.migration.halts import halt_for_mismatch
 from cellferry.migration.positions import FACT, positions
 from cellferry.migration.result import StepResult, plain
+from cellferry.migration.watch import take_baseline
 from cellferry.model import State, Strategy, Verification
 from cellferry.phases import Phase, reach
 
@@ -55,6 +56,7 @@ def verify(context: Context, migration_id: int) -> StepResult:
                 hint="do not force it: look for writers that bypass the gate at the destination, "
                 "then abort and start again",
             )
+        facts["baseline"] = take_baseline(at)
         reach(Phase.VERIFY_DONE)
         if at.migration.state is State.SYNCING:
             at.transition(State.READY, facts)

@@ -222,6 +222,83 @@ def migrate_organizations_params() -> dict[str, Param]:
             description="How long the moved organization is watched at its new cell.",
             section=_AFTER,
         ),
+        "roll_back_on_breach": Param(
+            False,
+            type="boolean",
+            title="Roll back by itself",
+            description="When soak finds the organization unwell at its new cell, the migration is "
+            "halted. On: it is also rolled back, once, without loss.",
+            section=_AFTER,
+        ),
+        "breach_s": Param(
+            15,
+            type="number",
+            minimum=0,
+            maximum=3_600,
+            title="Breach (s)",
+            description="How long a check of soak must fail before it counts. Soak does not end "
+            "while one fails.",
+            section=_AFTER,
+        ),
+        "soak_operations": Param(
+            100,
+            type="integer",
+            minimum=10,
+            maximum=1_000_000,
+            title="Operations to judge by",
+            description="Errors and latency are judged only when clients have reported so many "
+            "operations in a minute.",
+            section=_AFTER,
+        ),
+        "soak_error_factor": Param(
+            2,
+            type="number",
+            minimum=1,
+            maximum=1_000,
+            title="Errors, times before",
+            description="An error rate is too high when it is surely over so many times what it "
+            "may have been before, and over 1%.",
+            section=_AFTER,
+        ),
+        "soak_latency_factor": Param(
+            3,
+            type="number",
+            minimum=1,
+            maximum=1_000,
+            title="Latency, times before",
+            description="The 95th percentile is too long when it is surely over so many times what "
+            "it was before, and 50 ms over it.",
+            section=_AFTER,
+        ),
+        "soak_lag_keys": Param(
+            100_000,
+            type="integer",
+            minimum=0,
+            maximum=1_000_000_000,
+            title="Lag (changes)",
+            description="Changes that may wait for the old cell; more make a roll-back slow.",
+            section=_AFTER,
+        ),
+        "soak_lag_s": Param(
+            120,
+            type="number",
+            exclusiveMinimum=0,
+            maximum=86_400,
+            title="Lag (s)",
+            description="Longest time in which no reverse round ended, for example because a cell "
+            "does not answer.",
+            section=_AFTER,
+        ),
+        "route_ttl_s": Param(
+            30,
+            type="number",
+            minimum=0,
+            maximum=86_400,
+            title="Age of routes (s)",
+            description="The ttl_s of the applications' route clients. Who is turned away at the "
+            "old cell later than this after the flip does not follow its routes.",
+            section=_AFTER,
+        ),
         "ttl_s": Param(
             3_600,
             type="number",

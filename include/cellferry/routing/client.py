@@ -27,6 +27,7 @@ from cellferry.routing.answers import (
 )
 from cellferry.routing.cache import RouteCache
 from cellferry.routing.listener import RouteListener
+from cellferry.routing.reporter import Reporter
 
 T = TypeVar("T")
 
@@ -60,6 +61,8 @@ class RouteClient:
         max_stale_s: how long a route is served without the topology; None: without end.
         application: shown in the topology's `pg_stat_activity`.
         listen: False starts no thread; routes are then only as fresh as `ttl_s`.
+        report_every_s: report how operations fared to the topology, so often; None: never. The
+            role then also needs EXECUTE on `topology.take_client_report`.
     """
 
     def __init__(
@@ -71,9 +74,12 @@ class RouteClient:
         max_stale_s: float | None = None,
         application: str = "application",
         listen: bool = True,
+        report_every_s: float | None = None,
     ) -> None:
         if ttl_s <= 0:
             raise ValueError(f"ttl_s is {ttl_s}, it must be above 0")
+        if report_every_s is not None and report_every_s <= 0:
+            raise ValueError(f"report_every_s is {report_every_s}, it must be above 0")
         self._parameters: dict[str, Any] = {
             "connect_timeout": 2,
             "tcp_user_timeout": 3000,
@@ -87,6 +93,8 @@ class RouteClient:
         self._ttl_s = ttl_s
         self._max_stale_s = max_stale_s
         self._listens = listen
+        self._application = application
+        self._report_every_s = report_every_s
         self._cache = RouteCache(max_entries)
         self._closed = False
         self._listener: RouteListener | None = None
@@ -102,6 +110,11 @@ class RouteClient:
         self._ask_again_at = 0.0
         self._back_off_s = _TOPOLOGY_BACK_OFF_S[0]
         self._listener = None
+        self._reporter = (
+            None
+            if self._report_every_s is None
+            else Reporter(self._parameters, self._report_every_s, self._application)
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -121,6 +134,8 @@ class RouteClient:
             listener, self._listener = self._listener, None
         if listener is not None:
             listener.stop()
+        if self._reporter is not None:
+            self._reporter.stop()
         with self._asking:
             if self._connection is not None:
                 self._connection.close()
@@ -199,10 +214,12 @@ class RouteClient:
                     raise
                 time.sleep(attempt.next_pause())
                 continue
+            begun = time.monotonic()
             try:
-                return operation(route)
+                result = operation(route)
             except Exception as error:
                 answer = translate(error)
+                self.observe(route, time.monotonic() - begun, answer)
                 again = self._may_run_again(
                     answer, organization, idempotent=idempotent, retry_lost=retry_lost
                 )
@@ -210,6 +227,9 @@ class RouteClient:
                     if answer is error:
                         raise
                     raise answer from error
+            else:
+                self.observe(route, time.monotonic() - begun)
+                return result
             wakes = isinstance(answer, Moved | BeingMoved)
             if isinstance(answer, Moved):
                 newest = self.learn(organization, answer.cell, answer.epoch)
@@ -218,6 +238,18 @@ class RouteClient:
                         continue
                     wakes = False  # the news is known already
             self._pause(attempt, route, wakes=wakes)
+
+    def observe(self, route: Route, seconds: float, error: BaseException | None = None) -> None:
+        """Count one try in `route.cell` for the reports; `run` does it by itself.
+
+        Does nothing unless `report_every_s` was given.
+
+        Args:
+            seconds: how long it took, without waits between tries.
+            error: what it raised.
+        """
+        if self._reporter is not None:
+            self._reporter.count(route, seconds, None if error is None else translate(error))
 
     @staticmethod
     def _may_run_again(

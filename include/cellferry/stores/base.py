@@ -43,6 +43,7 @@ from cellferry.model import (
     Side,
     Verification,
 )
+from cellferry.stores.questions import Answer, BadQuestion, Question
 
 
 class Store(ABC):
@@ -78,6 +79,14 @@ class Store(ABC):
     def activity(self, cell: Cell) -> Activity | None:  # noqa: ARG002 - for stores that count
         """Return what this cell's server has counted; None where it counts no transactions."""
         return None
+
+    def check_question(self, question: Question) -> None:
+        """Return if `question` can be put to this store, as far as its text tells.
+
+        Raises:
+            BadQuestion: why not.
+        """
+        raise BadQuestion(f"{self.kind} cannot be asked {question.name!r}", "ask another store")
 
     @abstractmethod
     def open(
@@ -217,6 +226,18 @@ class StoreMove(ABC):
         versions that the way back needs. Asked again of the turned move before it goes back: it
         then also says which rows must not come along, and what would stay behind (not fatal).
         """
+
+    asks_early: ClassVar[bool] = False
+    """Whether `ask` works before `fence`, so that plan can try a question out."""
+
+    def ask(self, side: Side, question: Question) -> Answer:
+        """Return one value about the organization on `side`; changes nothing there.
+
+        Raises:
+            InvalidInput: the server cannot answer such a question.
+            TransientError: it did not answer in time.
+        """
+        raise NotImplementedError(f"{question.name} was not checked for {side}")
 
     @abstractmethod
     def cleanup(self, side: Side) -> Cleaned:

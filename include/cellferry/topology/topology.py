@@ -9,6 +9,7 @@ from typing import Any, Self
 import psycopg
 
 from cellferry.topology import schema
+from cellferry.topology.client_reports import ClientReports
 from cellferry.topology.connection import Database
 from cellferry.topology.directory import Directory
 from cellferry.topology.halts import Halts
@@ -18,7 +19,7 @@ from cellferry.topology.records import Records
 from cellferry.topology.registry import Registry
 
 
-class Topology(Directory, Migrations, Halts, Registry, ProgressBoard, Records):
+class Topology(Directory, Migrations, Halts, Registry, ProgressBoard, Records, ClientReports):
     """The control plane's database.
 
     Opens its connection on first use, again when it was lost; closes it on exit. Threads may

@@ -30,6 +30,7 @@ from cellferry.routing import RouteClient
 _READS = 0.12
 _BACKLOG_S = 0.25
 _STATS_EVERY_S = 0.5
+_REPORTS_EVERY_S = 1.0
 
 
 class Writer:
@@ -108,7 +109,9 @@ def main() -> int:
         stop.set()
 
     threading.excepthook = fail
-    with RouteClient(assignment.topology, application="sample") as router:
+    with RouteClient(
+        assignment.topology, application="sample", report_every_s=_REPORTS_EVERY_S
+    ) as router:
         run(assignment, arguments.writer, router, stop, arguments.duration)
     return 1 if failures else 0
 

@@ -47,6 +47,7 @@ from cellferry.stores.postgres import (
     layout,
     preflight,
     prepare,
+    questions,
     rounds,
     sequences,
     sessions,
@@ -68,6 +69,7 @@ from cellferry.stores.postgres.scope import Scope
 from cellferry.stores.postgres.transactions import write
 from cellferry.stores.postgres.verifier import Verifier
 from cellferry.stores.postgres.wire import Wire, wires
+from cellferry.stores.questions import Answer, Question
 
 KIND = "postgres"
 
@@ -146,6 +148,10 @@ class PostgresStore(Store):
             ).fetchone()
         return None if row is None else Activity(*row)
 
+    def check_question(self, question: Question) -> None:
+        """See `Store.check_question`."""
+        questions.statement(question)
+
     @contextmanager
     def open(self, move: Move, resources: Resources, progress: Progress) -> Iterator[StoreMove]:
         """Give this store's part of one attempt; connections are made when first needed."""
@@ -158,6 +164,8 @@ class PostgresStore(Store):
 
 class PostgresMove(StoreMove):
     """PostgreSQL's part of one attempt at one migration; see `StoreMove`."""
+
+    asks_early: ClassVar[bool] = True
 
     def __init__(
         self, store: PostgresStore, move: Move, resources: Resources, progress: Progress
@@ -746,6 +754,14 @@ class PostgresMove(StoreMove):
                 )
 
     # ── the end ─────────────────────────────────────────────────────────────────────────────────
+
+    def ask(self, side: Side, question: Question) -> Answer:
+        """Ask in a read-only transaction of a session of its own; see `StoreMove.ask`."""
+        where = self._where(side)
+        with sessions.translate_errors(where):
+            return questions.ask(
+                self._connection(side, "smoke"), self.move.organization.id, question, where
+            )
 
     def cleanup(self, side: Side) -> Cleaned:
         """Delete the copy on `side`, then its gate, log, checkpoints and lease."""

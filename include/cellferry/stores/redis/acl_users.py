@@ -16,6 +16,7 @@ from typing import Any, Self
 from cellferry.errors import PermanentError
 from cellferry.model import Move, Side
 from cellferry.stores.redis.key_prefix import KeyPrefix
+from cellferry.stores.redis.questions import COMMANDS
 from cellferry.stores.redis.wire import Argument, ServerError, Wire, explain
 
 USERS = "cellferry-"
@@ -44,6 +45,8 @@ _READ = (
     "+xrange",
     "+xinfo|stream",
 )
+_ASK = tuple(f"+{command}" for command in COMMANDS if f"+{command}" not in _READ)
+"""What smoke queries may ask for besides."""
 _WHERE_KNOWN = ("client|no-touch", "hpexpiretime")
 """Younger commands, which older engines refuse to have in a rule."""
 _WRITE = ("+restore", "+unlink", "+set", "+watch", "+unwatch", "+multi", "+exec")
@@ -90,6 +93,11 @@ class AccessRules:
             "commands": list(self.commands),
             "selectors": list(self.selectors),
         }
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether no key may be written."""
+        return not self.selectors and all(key.startswith("%R~") for key in self.keys)
 
     def arguments(self) -> tuple[str, ...]:
         """Arguments of ACL SETUSER that give a user exactly these rules."""
@@ -171,6 +179,7 @@ def mover_rules(
         commands += _WRITE
     else:
         patterns = [f"%R~{prefix.pattern}"]
+        commands += _ASK
     return (
         "reset",
         "on",

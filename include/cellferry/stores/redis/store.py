@@ -44,14 +44,15 @@ from cellferry.model import (
 )
 from cellferry.phases import Phase, reach
 from cellferry.stores import base
-from cellferry.stores.redis import acl_users, inventory
+from cellferry.stores.questions import Answer, Question
+from cellferry.stores.redis import acl_users, inventory, questions
 from cellferry.stores.redis.comparison import Applied, Pair, scan, settle
 from cellferry.stores.redis.copier import Copier
 from cellferry.stores.redis.gate import Gate, Marker
 from cellferry.stores.redis.key_prefix import MARKERS, KeyPrefix, application_user
 from cellferry.stores.redis.tracking import Feed
 from cellferry.stores.redis.verifier import Verifier
-from cellferry.stores.redis.wire import Address, Command, Wire
+from cellferry.stores.redis.wire import Address, Command, ServerError, Wire
 from cellferry.stores.throttle import Throttle
 
 KIND = "redis"
@@ -155,6 +156,10 @@ class RedisStore(base.Store):
         """Say what keeps this cell from being part of a move; read-only."""
         return tuple(self._blockers(cell))
 
+    def check_question(self, question: Question) -> None:
+        """See `Store.check_question`."""
+        questions.words(question)
+
     @contextmanager
     def open(self, move: Move, resources: Resources, progress: Progress) -> Iterator[RedisMove]:
         """Prepare one attempt; connections are made when they are needed and close on exit."""
@@ -246,6 +251,7 @@ class RedisMove(base.StoreMove):
         self._gates: dict[Side, Gate] = {}
         self._wires: dict[tuple[Side, str], Wire] = {}
         self._users: dict[tuple[Side, bool], Address] = {}
+        self._askers: dict[Side, Wire] = {}
         self._feed: Feed | None = None
         self._pair: Pair | None = None
         self._pass_s: float | None = None
@@ -534,6 +540,44 @@ class RedisMove(base.StoreMove):
     # --- the end -----------------------------------------------------------------------------
 
     @_verb
+    def ask(self, side: Side, question: Question) -> Answer:
+        """Ask as a user that can only read this organization's keys; see `StoreMove.ask`."""
+        words = questions.command(question, self.move.organization.id)
+        where = _where(self.move.cell(side))
+        if not self._prefix.owns(words[1].encode()):
+            raise InvalidInput(
+                f"key {words[1]!r} is not one of the organization's",
+                hint=f"its keys begin with {self._prefix.text!r}",
+                where=where,
+            )
+        if self._askers.get(side) is None or self._askers[side].is_lost:
+            self._askers[side] = self._new_asker(side)
+        wire = self._askers[side]
+        wire.wait_at_most(question.timeout_s)
+        try:
+            return questions.answer(wire.try_call(*words))
+        except ServerError as error:
+            raise InvalidInput(
+                f"{words[0].upper()} was refused: {error}",
+                hint="correct the command, or the kind of value at its key",
+                where=where,
+            ) from error
+
+    def _new_asker(self, side: Side) -> Wire:
+        if side is Side.SOURCE:
+            return Wire(self._user(side, writer=False), self._name("ask"))
+        # The attempt's own user may write there: this one may not.
+        gate, cell = self._gate(side), self.move.cell(side)
+        name = f"{acl_users.user_name(self.move, side, writer=False)}-ask"
+        password = acl_users.new_password()
+        self._intend(side, "acl_user", name)
+        gate.create_user(
+            name, acl_users.mover_rules(self._prefix, password, writer=False, younger=())
+        )
+        server = Address.parse(cell.stores[KIND].url, _where(cell))
+        return Wire(server.as_user(name, password), self._name("ask"))
+
+    @_verb
     def cleanup(self, side: Side) -> Cleaned:
         """Delete the copy on `side` in paced batches; each batch checks the gate (hazard 4)."""
         started = time.monotonic()
@@ -565,7 +609,9 @@ class RedisMove(base.StoreMove):
     def close(self) -> None:
         """Close every connection and remove this attempt's users, whose passwords are lost."""
         self._end_feed()
-        made = {side for side, _ in self._users}
+        made = {side for side, _ in self._users} | set(self._askers)
+        for asker in self._askers.values():
+            asker.close()
         for side in Side:
             self._end_wires(side)
         for side in made:
