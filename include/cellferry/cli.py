@@ -28,7 +28,7 @@ Command = Callable[..., Any]
 
 _ORDER = [
     *("plan", "move", "status", "abort", "roll-back", "cleanup"),
-    *("pause", "resume", "halts", "halt", "clear-halt"),
+    *("pause", "resume", "halts", "halt", "clear-halt", "reap"),
     *("copy", "sync", "verify", "cutover", "soak"),
     *("map", "prepare-cell", "topology", "evidence"),
 ]
@@ -341,21 +341,6 @@ def roll_back(
     )
 
 
-def _show_return(migration: Migration, found: Sequence[Blocker], as_json: bool) -> None:
-    """Print what keeps an organization from going back, and what would stay behind."""
-    from cellferry.migration.result import plain
-
-    if as_json:
-        click.echo(json.dumps({"migration": migration.id, "blockers": plain(list(found))}))
-        return
-    for one in found:
-        word = "blocks" if one.fatal else "stays"
-        click.echo(f"{word} {one.code}: {one.where}: {one.reason}\n  remedy: {one.remedy}")
-    if not any(one.fatal for one in found):
-        way = f"{migration.destination} to {migration.source}"
-        click.echo(f"{migration.organization.slug} can go back from {way}; nothing was changed")
-
-
 _reason_option = click.option("--reason", required=True, help="Why; for the audit.")
 _scope_argument = click.argument(
     "scope", type=click.Choice(["organization", "cohort", "cell"]), metavar="SCOPE"
@@ -454,6 +439,52 @@ def halts(config: Path | None, watch: bool, as_json: bool) -> None:
     if watched is not None:
         for line in (*watched.given_up, *watched.failed):
             click.echo(line)
+
+
+@main.command(short_help="Finish what dead controllers left; remove what nobody owns.")
+@click.option("--dry-run", is_flag=True, help="Change nothing; say what would be done.")
+@click.option(
+    "--expired-after",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="How long the holder of a migration must have been silent; default 15.",
+)
+@_json_option
+@click.pass_obj
+def reap(config: Path | None, dry_run: bool, expired_after: float | None, as_json: bool) -> None:
+    """Finish or undo what controllers that died left behind, and remove what nobody owns.
+
+    An organization that is frozen and forgotten is served again. Harmless while moves run; a
+    second one at the same time does nothing. Run it every minute, from cron or anything else.
+    """
+    from cellferry.migration import steps
+    from cellferry.migration.reap import EXPIRED_AFTER_S
+    from cellferry.migration.reap_table import render
+
+    expired_after_s = EXPIRED_AFTER_S if expired_after is None else expired_after
+    with _context(config, quiet=True) as context:
+        reaped = steps.reap(context, expired_after_s=expired_after_s, dry_run=dry_run)
+    if as_json:
+        click.echo(json.dumps(reaped.as_dict()))
+    else:
+        render(reaped)
+    if reaped.exit_code:
+        raise SystemExit(reaped.exit_code)
+
+
+def _show_return(migration: Migration, found: Sequence[Blocker], as_json: bool) -> None:
+    """Print what keeps an organization from going back, and what would stay behind."""
+    from cellferry.migration.result import plain
+
+    if as_json:
+        click.echo(json.dumps({"migration": migration.id, "blockers": plain(list(found))}))
+        return
+    for one in found:
+        word = "blocks" if one.fatal else "stays"
+        click.echo(f"{word} {one.code}: {one.where}: {one.reason}\n  remedy: {one.remedy}")
+    if not any(one.fatal for one in found):
+        way = f"{migration.destination} to {migration.source}"
+        click.echo(f"{migration.organization.slug} can go back from {way}; nothing was changed")
 
 
 @main.command(short_help="Say where an organization is, and what comes next.")

@@ -389,6 +389,34 @@ class Activity:
     conflicts: int
 
 
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """Something of cellferry's that was found in a cell.
+
+    Whether a migration still needs it is the topology's to say, not the cell's.
+
+    Attributes:
+        kind: `gate`, `key_log`, `lease`, `checkpoint`, `imported_row`, `acl_user`, `closed_user`.
+        name: as a `Resource` of this kind is called.
+        migration: whose it is; None where the cell cannot tell.
+        attempt: of a gate, a lease or a user: the attempt that changed it last.
+        state: of a gate, as are `epoch`, `moved_to` and `armed`.
+        obeyed: whether the server enforces what the gate says (redis: the user's rules).
+    """
+
+    store: str
+    kind: str
+    name: str
+    organization: str | None = None
+    migration: int | None = None
+    attempt: int | None = None
+    state: GateState | None = None
+    epoch: int | None = None
+    moved_to: str | None = None
+    armed: bool = False
+    obeyed: bool = True
+
+
 class Progress(Protocol):
     """Where a store reports long work; called a few times a second at most."""
 

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 IDS = [
-    *("clean_up_organizations", "migrate_organizations", "prepare_cell", "reverse_rounds"),
-    "roll_back_organizations",
+    *("clean_up_organizations", "migrate_organizations", "prepare_cell", "reap_cells"),
+    "reverse_rounds",
+    *("roll_back_organizations", "steer_organizations"),
 ]
 
 #: Loads the DAG files as the DAG processor does, and says what that took and gave.

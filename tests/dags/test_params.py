@@ -15,8 +15,10 @@ FORMS = {
     "migrate_organizations": params.migrate_organizations_params(),
     "prepare_cell": params.prepare_cell_params(),
     "clean_up_organizations": params.clean_up_organizations_params(),
+    "reap_cells": params.reap_cells_params(),
     "reverse_rounds": params.reverse_rounds_params(),
     "roll_back_organizations": params.roll_back_organizations_params(),
+    "steer_organizations": params.steer_organizations_params(),
 }
 GOOD = {"organizations": ["acme"], "destination": "cell-2"}
 

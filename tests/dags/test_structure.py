@@ -17,7 +17,8 @@ WAY_BACK = ["roll_back", "wait_for_ttl", "cleanup"]
 GROUPED += [("roll_back_organizations", step) for step in WAY_BACK]
 DAGS = [
     *("clean_up_organizations", "migrate_organizations", "prepare_cell", "reverse_rounds"),
-    *("roll_back_organizations", "steer_organizations"),
+    "reap_cells",
+    *("steer_organizations", "roll_back_organizations"),
 ]
 
 
@@ -38,8 +39,8 @@ def test_every_task_of_a_lane_shows_its_organization(bag: Any, dag_id: str, step
     ("migrate_organizations", "report"),
     ("clean_up_organizations", "report_clean_up"),
     ("prepare_cell", "report_cells"),
-    ("steer_organizations", "report_steering"),
     ("roll_back_organizations", "report_roll_back"),
+    ("steer_organizations", "report_steering"),
 ])  # fmt: skip
 def test_the_only_leaf_reports_whatever_happened(bag: Any, dag_id: str, leaf: str) -> None:
     dag = bag.dags[dag_id]
@@ -99,9 +100,16 @@ def test_the_docstring_is_the_documentation(bag: Any, dag_id: str, heading: str)
     assert heading in bag.dags[dag_id].doc_md
 
 
-def test_reverse_rounds_never_overlap_or_catch_up(bag: Any) -> None:
-    dag = bag.dags["reverse_rounds"]
+@pytest.mark.parametrize("dag_id", ["reverse_rounds", "reap_cells"])
+def test_a_regular_dag_never_overlaps_or_catches_up(bag: Any, dag_id: str) -> None:
+    dag = bag.dags[dag_id]
     assert (dag.max_active_runs, dag.catchup) == (1, False)
+
+
+def test_a_frozen_organization_waits_a_minute_for_the_reaper_at_most(bag: Any) -> None:
+    dag = bag.dags["reap_cells"]
+    assert dag.schedule.total_seconds() <= 60
+    assert dag.params["dry_run"] is False
 
 
 def test_a_step_returns_one_xcom_of_ids_and_counts(bag: Any) -> None:

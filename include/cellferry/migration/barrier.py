@@ -85,7 +85,7 @@ def pass_barrier(at: Attempt, turn: Turn) -> Timings:
         reach(Phase.BARRIER_BEGUN)
         timings = Timings()
         try:
-            with _signals_wait():
+            with _signals_wait(), _kept_alive(at):
                 _barrier(at, turn, timings)
         finally:
             judge_pause(at, timings.closed_s(at.move.limits.drain_attempt_s))
@@ -101,6 +101,18 @@ def _uninterrupted(at: Attempt) -> Iterator[None]:
         yield
     finally:
         at.progress.stoppable = before
+
+
+def _kept_alive(at: Attempt) -> contextlib.AbstractContextManager[None]:
+    """Keep the lease alive while nothing else does, for as long as a barrier may take.
+
+    One that overruns its own deadlines falls silent, and the reaper takes the migration over.
+    """
+    limits = at.move.limits
+    longest_s = len(at.stores) * limits.drain_deadline_s + limits.freeze_deadline_s
+    return at.context.topology.kept_alive(
+        at.migration.id, at.move.attempt, longest_s=longest_s + HAND_OVER_FOR_S
+    )
 
 
 @dataclass

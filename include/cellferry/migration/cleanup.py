@@ -77,10 +77,20 @@ def cleanup(context: Context, migration_id: int) -> StepResult:
 def require_released(at: Attempt) -> None:
     """Check that nothing which this migration made is left (invariant 9).
 
+    What a restart of its server took away, or an attempt that died meant to make and did not, is
+    forgotten: its store is asked.
+
     Raises:
         WrongState: something is; it is named.
     """
-    left = at.context.topology.live_resources(at.migration.id)
+    left = []
+    resources = at.context.topology.resources(at.migration.id)
+    for one in at.context.topology.live_resources(at.migration.id):
+        store = at.stores.get(one.store)
+        if store is not None and store.is_gone(one):
+            resources.forget(one)
+        else:
+            left.append(one)
     if left:
         raise WrongState(
             "left behind: "

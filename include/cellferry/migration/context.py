@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from cellferry.errors import CellferryError, InvalidInput, Stopped, WrongState
+from cellferry.errors import CellferryError, InvalidInput, Stopped, TransientError, WrongState
 from cellferry.migration.halts import judge_failure
 from cellferry.migration.options import MoveOptions
 from cellferry.model import Actor, Migration, Move, Organization, Progress, State, Strategy
@@ -66,6 +66,8 @@ class Context:
     stores: Mapping[str, Store] = field(default_factory=dict)
     last_try: bool = False
     """Whether nobody tries again when a step fails, even if that might help."""
+    until: float | None = None
+    """When a step must stop between two batches (`time.monotonic`), for another run to go on."""
 
     @classmethod
     def from_settings(
@@ -177,7 +179,10 @@ class StepProgress(Progress):
 
     def check(self) -> None:
         """Raise when this attempt must stop: taken over, paused or halted."""
-        if time.monotonic() - self._checked >= self.CHECK_EVERY_S:
+        now = time.monotonic()
+        if self._context.until is not None and now > self._context.until:
+            raise TransientError("the time of this run is over", hint="the next run goes on")
+        if now - self._checked >= self.CHECK_EVERY_S:
             self.check_now()
 
     def check_now(self) -> None:
@@ -262,7 +267,7 @@ def attempt(
     progress = StepProgress(
         context, migration.organization.slug, migration_id, number, stoppable=stoppable
     )
-    resources = topology.resources(migration_id)
+    resources = topology.resources(migration_id, number)
     try:
         progress.check_now()
         with ExitStack() as stack:

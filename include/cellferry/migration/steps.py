@@ -14,6 +14,7 @@ from cellferry.migration.halts import clear_halt, halt, halts, watch
 from cellferry.migration.pause import give_up_log, pause, resume
 from cellferry.migration.plan import plan
 from cellferry.migration.prepare import check_cell, prepare_cell, unprepare_cell
+from cellferry.migration.reap import reap
 from cellferry.migration.roll_back import examine_return, migration_to_roll_back, roll_back
 from cellferry.migration.soak import reverse_round, soak
 from cellferry.migration.status import status, unfinished
@@ -35,6 +36,7 @@ __all__ = [
     "pause",
     "plan",
     "prepare_cell",
+    "reap",
     "resume",
     "reverse_round",
     "roll_back",

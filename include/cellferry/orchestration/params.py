@@ -453,6 +453,29 @@ def reverse_rounds_params() -> dict[str, Param]:
     }
 
 
+def reap_cells_params() -> dict[str, Param]:
+    """Return the form of `reap_cells`."""
+    return {
+        "dry_run": Param(
+            False,
+            type="boolean",
+            title="Dry run",
+            description="Only say what would be done. Every minute's run does it.",
+            section=_WHAT,
+        ),
+        "expired_after_s": Param(
+            15,
+            type="number",
+            minimum=1,
+            maximum=3_600,
+            title="Expired after",
+            description="Seconds for which a migration's controller must have been silent. One "
+            "that lives and is only slow is taken over, too: safe, but it must be repeated.",
+            section=_SPEED,
+        ),
+    }
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 

@@ -81,8 +81,8 @@ def report() -> dict[str, int]:
     else:
         with step_context() as ferry:
             migrations = migrations_of(ferry, organizations, params["destination"])
-            reporting.say_halts(ferry)
             reporting.keep_evidence(ferry, [one.id for one in migrations.values() if one])
+            reporting.say_halts(ferry)
         for one, organization in zip(lanes, organizations, strict=True):
             rows.append(reporting.move_row(one, migrations[organization["id"]]))
     return say(lanes, rows)

@@ -33,13 +33,17 @@ from cellferry.model import (
     Cleaned,
     Copied,
     Finished,
+    GateState,
     Inventory,
     Landmark,
+    Leftover,
     Move,
     Progress,
     Repaired,
+    Resource,
     Resources,
     Round,
+    Route,
     Side,
     Verification,
 )
@@ -93,6 +97,56 @@ class Store(ABC):
         self, move: Move, resources: Resources, progress: Progress
     ) -> AbstractContextManager[StoreMove]:
         """Connect to both cells for one attempt at one migration; connections close on exit."""
+
+    # ── for the reaper ──────────────────────────────────────────────────────────────────────────
+
+    @abstractmethod
+    def leftovers(self, cell: Cell) -> tuple[Leftover, ...]:
+        """Return everything of cellferry's in one cell, whoever it belongs to. Read-only.
+
+        Key logs are named only where no gate is: the others belong to their gate.
+
+        Raises:
+            Unreachable, AccessDenied: the cell cannot be asked.
+        """
+
+    @abstractmethod
+    def remove_leftover(self, cell: Cell, leftover: Leftover) -> bool:
+        """Remove exactly what was found, if it still is as it was found; returns whether it was.
+
+        A closed gate that goes opens: its writers pass. For what no migration owns.
+        """
+
+    @abstractmethod
+    def turn_away(self, cell: Cell, gate: Leftover, route: Route) -> bool:
+        """Make a gate, if it still is as it was found, say `moved` to where `route` leads.
+
+        For a cell that does not know, after a failover, that an organization has left it, when no
+        migration is there any more to say so (hazard 2).
+        """
+
+    def obey(self, cell: Cell, gate: Leftover) -> bool:  # noqa: ARG002 - for gates of two parts
+        """Make the server enforce what a gate says, if it still is as it was found (hazard 2)."""
+        return False
+
+    @abstractmethod
+    def reconcile(self, move: Move, side: Side, wanted: GateState, resources: Resources) -> bool:
+        """Bring the gate on one side of a move to what the topology says, in that cell alone.
+
+        Fences older attempts there first. Returns whether the gate was different. The other cell
+        need not answer: what a controller that died left behind must not wait for it.
+
+        Args:
+            move: of an attempt that holds the lease; `turned` for what a roll-back left.
+            side: whose gate.
+            wanted: at the source `open` (before the flip: serve again) or `moved` (after it, also
+                where a failover lost the gate); at the destination `open` (after the flip).
+            resources: where what is made is recorded.
+
+        Raises:
+            LeaseLost: a newer attempt, or a newer migration, has this cell.
+            WrongState: the gate is another's, or says something that no crash explains.
+        """
 
 
 class StoreMove(ABC):
@@ -238,6 +292,13 @@ class StoreMove(ABC):
             TransientError: it did not answer in time.
         """
         raise NotImplementedError(f"{question.name} was not checked for {side}")
+
+    def is_gone(self, resource: Resource) -> bool:  # noqa: ARG002 - for what a restart takes away
+        """Whether something that was recorded for this migration is surely not in its cell.
+
+        Asked at the end, when no older attempt can make it any more. False when in doubt.
+        """
+        return False
 
     @abstractmethod
     def cleanup(self, side: Side) -> Cleaned:

@@ -13,13 +13,25 @@ from cellferry.topology.client_reports import ClientReports
 from cellferry.topology.connection import Database
 from cellferry.topology.directory import Directory
 from cellferry.topology.halts import Halts
+from cellferry.topology.heartbeat import Heartbeat
 from cellferry.topology.migrations import Migrations
 from cellferry.topology.progress import CHECK_GRACE_S, ProgressBoard, ProgressSink
+from cellferry.topology.reaping import Reaping
 from cellferry.topology.records import Records
 from cellferry.topology.registry import Registry
 
 
-class Topology(Directory, Migrations, Halts, Registry, ProgressBoard, Records, ClientReports):
+class Topology(
+    Directory,
+    Migrations,
+    Halts,
+    Registry,
+    ProgressBoard,
+    Records,
+    Reaping,
+    Heartbeat,
+    ClientReports,
+):
     """The control plane's database.
 
     Opens its connection on first use, again when it was lost; closes it on exit. Threads may

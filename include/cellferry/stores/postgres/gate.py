@@ -415,7 +415,7 @@ def _remove(connection: Connection, move: Move, states: tuple[str, ...]) -> None
             raise _refusal(connection, move, Side.SOURCE, "removed")
         return  # the next migration's; the log is its, too
     if gone is not None:
-        _await_last_writers(connection, int(gone[0]))
+        await_last_writers(connection, int(gone[0]))
     connection.execute(
         "DELETE FROM cellferry.key_log AS log WHERE organization = %(organization)s"
         " AND NOT EXISTS"
@@ -424,7 +424,7 @@ def _remove(connection: Connection, move: Move, states: tuple[str, ...]) -> None
     )
 
 
-def _await_last_writers(connection: Connection, lock_key: int) -> None:
+def await_last_writers(connection: Connection, lock_key: int) -> None:
     """Writers that passed the gate may still add to its log; give them a moment."""
     try:
         with connection.transaction():

@@ -2,8 +2,9 @@
 
 For a key log that was lost or given up, and for a server that lost commits with a failover: what
 was copied before is nearly all right, and copying it again would need it to be deleted first. It
-takes as long as a verification, and writes only what differs. The comparison is the verifier's, so it shares nothing with the enumeration of the copier; what it
-finds is applied as a round would apply it, each piece in a snapshot of the source of its own.
+takes as long as a verification, and writes only what differs. The comparison is the verifier's, so
+it shares nothing with the enumeration of the copier; what it finds is applied as a round would
+apply it, each piece in a snapshot of the source of its own.
 
 Capture is armed before the first comparison. A key that changes later is in the log of the very
 snapshot in which it is seen to differ: it is left to the rounds.

@@ -27,6 +27,7 @@ from cellferry.stores.postgres.wire import Wire
 #: A round's bounds: distinct keys, and rows of the log (a hot row has many).
 MAX_KEYS = 50_000
 MAX_LOG_ROWS = 500_000
+ALL = 10**9
 
 
 @dataclass
@@ -172,6 +173,19 @@ class Rounds:
             ),
             applied,
         )
+
+    def delete_waiting(self) -> None:
+        """Delete the copied rows whose parents have not come, before their log is given up.
+
+        A row that the copy brought before its parent is in the log, and nowhere else does anything
+        say whose it is: a clean-up by owner would leave it at the destination for ever.
+
+        Raises:
+            LeaseLost: another attempt took over.
+        """
+        with snapshot(self._source):
+            dirty = read_log(self._source, self._move.organization.id, ALL, ALL)
+            self._applier.delete_waiting(dirty.keys)
 
     def give_up(self, max_rows: int) -> bool:
         """Forget the oldest log rows without applying them; say whether more may be left.

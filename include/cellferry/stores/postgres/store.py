@@ -26,6 +26,7 @@ from cellferry.model import (
     GateState,
     Inventory,
     Landmark,
+    Leftover,
     Move,
     Part,
     Progress,
@@ -33,6 +34,7 @@ from cellferry.model import (
     Resource,
     Resources,
     Round,
+    Route,
     Side,
     Strategy,
     Verification,
@@ -45,6 +47,7 @@ from cellferry.stores.postgres import (
     data_map_file,
     gate,
     layout,
+    leftovers,
     preflight,
     prepare,
     questions,
@@ -147,6 +150,22 @@ class PostgresStore(Store):
                 " WHERE datname = current_database()"
             ).fetchone()
         return None if row is None else Activity(*row)
+
+    def leftovers(self, cell: Cell) -> tuple[Leftover, ...]:
+        """Return everything of cellferry's in a cell; see `Store.leftovers`."""
+        return leftovers.find(cell)
+
+    def remove_leftover(self, cell: Cell, leftover: Leftover) -> bool:
+        """Remove what was found, if it still is as found; see `Store.remove_leftover`."""
+        return leftovers.remove(cell, leftover)
+
+    def turn_away(self, cell: Cell, gate: Leftover, route: Route) -> bool:
+        """Make a stale gate say `moved`; see `Store.turn_away`."""
+        return leftovers.turn_away(cell, gate, route)
+
+    def reconcile(self, move: Move, side: Side, wanted: GateState, resources: Resources) -> bool:
+        """Bring one side's gate to what the topology says; see `Store.reconcile`."""
+        return leftovers.reconcile(move, side, wanted, resources)
 
     def check_question(self, question: Question) -> None:
         """See `Store.check_question`."""
@@ -809,8 +828,20 @@ class PostgresMove(StoreMove):
                 if found is not None and found.migration == self.move.migration:
                     if found.state is not GateState.OPEN:
                         continue
+                    if side is Side.SOURCE:
+                        self._delete_waiting()
                     gate.disarm(connection, self.move)
             self._retire(side)
+
+    def _delete_waiting(self) -> None:
+        """Before the log goes, delete the copied rows of which only the log says whose they are."""
+        found = gate.state(self._destination, self.move.organization.id)
+        if (
+            found is not None
+            and found.migration == self.move.migration
+            and found.state is GateState.IMPORTING
+        ):
+            self._rounds().delete_waiting()
 
     def _retire(self, side: Side) -> None:
         """Remove what is left of this migration on a side where it has no gate any more."""

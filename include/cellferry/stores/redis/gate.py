@@ -314,6 +314,49 @@ class Gate:
 
         self._change(decide)
 
+    def restore_moved(self) -> None:
+        """Source, after the flip: `moved`, from whatever a crash or a failover left there.
+
+        Raises:
+            WrongState: the gate is another migration's, or later than this one.
+        """
+
+        def decide(marker: Marker | None, rules: AccessRules | None) -> Change | None:
+            if marker is not None and not (
+                self._is_moved_by_us(marker)
+                or (
+                    marker.state is GateState.FROZEN
+                    and self._is_mine(marker)
+                    and marker.epoch == self.move.epoch
+                )
+                # a failover lost the freeze, or everything since the last move to here
+                or (
+                    marker.state is GateState.OPEN
+                    and marker.migration <= self.move.migration
+                    and marker.epoch <= self.move.epoch
+                )
+            ):
+                raise self._wrong(marker, "moved")
+            original = marker.rules if marker else None
+            if original is None and rules is not None and not rules.is_read_only:
+                original = rules  # else they are the gate's own, and nobody knows what was before
+            known = original or rules
+            # without a user there is nobody who could write
+            closed = known.closed(self.prefix, self.unstoppable, reads=True) if known else None
+            return Change(
+                Marker(
+                    GateState.MOVED,
+                    self.move.destination.name,
+                    self.move.epoch + 1,
+                    self.move.migration,
+                    self.move.attempt,
+                    original,
+                ),
+                closed,
+            )
+
+        self._change(decide)
+
     def open_destination(self) -> None:
         """Destination, after the flip: open at the next epoch, with the original rules.
 

@@ -32,12 +32,14 @@ from cellferry.model import (
     GateState,
     Inventory,
     Landmark,
+    Leftover,
     Move,
     Progress,
     Repaired,
     Resource,
     Resources,
     Round,
+    Route,
     Side,
     Strategy,
     Verification,
@@ -45,7 +47,7 @@ from cellferry.model import (
 from cellferry.phases import Phase, reach
 from cellferry.stores import base
 from cellferry.stores.questions import Answer, Question
-from cellferry.stores.redis import acl_users, inventory, questions
+from cellferry.stores.redis import acl_users, inventory, leftovers, questions
 from cellferry.stores.redis.comparison import Applied, Pair, scan, settle
 from cellferry.stores.redis.copier import Copier
 from cellferry.stores.redis.gate import Gate, Marker
@@ -168,6 +170,26 @@ class RedisStore(base.Store):
             yield redis_move
         finally:
             redis_move.close()
+
+    def leftovers(self, cell: Cell) -> tuple[Leftover, ...]:
+        """Return everything of cellferry's in a cell; see `Store.leftovers`."""
+        return leftovers.find(cell, _admin_address(cell))
+
+    def remove_leftover(self, cell: Cell, leftover: Leftover) -> bool:
+        """Remove what was found, if it still is as found; see `Store.remove_leftover`."""
+        return leftovers.remove(cell, _admin_address(cell), leftover)
+
+    def turn_away(self, cell: Cell, gate: Leftover, route: Route) -> bool:
+        """Make a stale gate say `moved`; see `Store.turn_away`."""
+        return leftovers.turn_away(cell, _admin_address(cell), gate, route)
+
+    def obey(self, cell: Cell, gate: Leftover) -> bool:
+        """Give the application's user the rules that belong to its gate; see `Store.obey`."""
+        return leftovers.obey(cell, _admin_address(cell), gate)
+
+    def reconcile(self, move: Move, side: Side, wanted: GateState, resources: Resources) -> bool:
+        """Bring one side's gate to what the topology says; see `Store.reconcile`."""
+        return leftovers.reconcile(move, side, wanted, resources, _admin_address(move.cell(side)))
 
     def _blockers(self, cell: Cell) -> Iterator[Blocker]:
         try:
@@ -387,9 +409,7 @@ class RedisMove(base.StoreMove):
         self._end_feed()
         applied = self._follow()
         total = self._round(ROUND_KEYS)
-        return Repaired(
-            applied.compared, applied.keys + total.keys, time.monotonic() - started
-        )
+        return Repaired(applied.compared, applied.keys + total.keys, time.monotonic() - started)
 
     def landmark(self, side: Side) -> Landmark | None:  # noqa: ARG002 - the same for both
         """None: a change feed lives in one process, and each begins with a complete comparison."""
@@ -865,6 +885,15 @@ class RedisMove(base.StoreMove):
                 return
         for kind in ("gate", "lease", "checkpoint"):
             self._forget(side, kind, self._prefix.marker(kind))
+
+    @_verb
+    def is_gone(self, resource: Resource) -> bool:
+        """Whether it is a user that the server does not have: it lost those with its memory."""
+        for side in Side:
+            if resource.kind == "acl_user" and resource.cell == self.move.cell(side).name:
+                users = self._gate(side).admin.call("ACL", "USERS")
+                return resource.name.encode() not in users
+        return False
 
     def _delete_users(self, side: Side) -> None:
         for name in self._gate(side).delete_users():
