@@ -26,11 +26,6 @@ class State(StrEnum):
     ROLLED_BACK = "rolled_back"
 
     @property
-    def is_live(self) -> bool:
-        """Whether the migration occupies its organization (invariant 4)."""
-        return self in LIVE_STATES
-
-    @property
     def is_before_flip(self) -> bool:
         """Whether the route still points at the source, so that abort is possible."""
         return self in BEFORE_FLIP
@@ -39,7 +34,8 @@ class State(StrEnum):
 BEFORE_FLIP = frozenset(
     {State.PLANNED, State.COPYING, State.SYNCING, State.READY, State.CUTTING_OVER}
 )
-#: A retained migration is not live: a new one may start and takes over its retention.
+#: States that occupy the organization (invariant 4). A retained migration is not live: a new one
+#: may start and takes over its retention.
 LIVE_STATES = BEFORE_FLIP | {State.SOAKING, State.ROLLING_BACK}
 
 #: Every transition that is allowed; a step may also stay where it is.

@@ -468,16 +468,18 @@ def test_a_halt_lasts_until_it_is_cleared(bench: Bench) -> None:
     assert attempt < newer
 
 
-def test_a_silent_holder_is_found(bench: Bench) -> None:
-    silent, _ = bench.cutting_over("1")
-    bench.cutting_over("2")
+def test_only_a_silent_holder_is_taken_over(bench: Bench) -> None:
+    silent, attempt = bench.cutting_over("1")
+    alive, _ = bench.cutting_over("2")
     as_someone_else(
         bench,
         "UPDATE topology.migration SET heartbeat_at = now() - interval '1 minute'"
         f" WHERE id = {silent.id}",
     )
 
-    assert [one.id for one in bench.topology.expired_leases(30)] == [silent.id]
+    assert bench.topology.take_over_silent(silent.id, "reaper", ACTOR, 30) == attempt + 1
+    with pytest.raises(LeaseLost, match="works on migration"):
+        bench.topology.take_over_silent(alive.id, "reaper", ACTOR, 30)
 
 
 def test_a_check_keeps_the_lease_alive(bench: Bench) -> None:
@@ -488,7 +490,8 @@ def test_a_check_keeps_the_lease_alive(bench: Bench) -> None:
 
     bench.topology.check_lease(migration.id, attempt)
 
-    assert bench.topology.expired_leases(30) == []
+    with pytest.raises(LeaseLost, match="works on migration"):
+        bench.topology.take_over_silent(migration.id, "reaper", ACTOR, 30)
 
 
 # --- flip, retention ----------------------------------------------------------------------------

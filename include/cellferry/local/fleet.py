@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -303,8 +302,3 @@ def _order(record: RunRecord) -> tuple[int, str]:
 
 def _ignore(_event: Event) -> None:
     pass
-
-
-def working_directory() -> Path:
-    """The project's folder: the working directory, or `CELLFERRY_ROOT`."""
-    return Path(os.environ.get("CELLFERRY_ROOT", "."))

@@ -106,7 +106,7 @@ def _verify_again(at: Attempt) -> None:
 
 
 def _insist_on_return(at: Attempt) -> None:
-    """See that the way back is open, before anything goes there (product.md, switchback).
+    """See that the way back is open, before anything goes there (docs/decisions/0004-roll-back.md).
 
     Raises:
         Blocked: it is not; what keeps it closed is named.

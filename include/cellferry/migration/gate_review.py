@@ -36,7 +36,6 @@ class Task(StrEnum):
     """As `restore`, where no migration is left to say so."""
     OBEY = "obey"
     ABORT = "abort"
-    MARK_LOST = "mark lost"
     REPORT = "report"
 
 

@@ -9,14 +9,17 @@ Order of the verbs in an online move (`cellferry.migration` calls them)::
 
     fence, landmark                                at the start of every step
     open_capture, repair                           when a server lost commits, or the log was lost
-    inventory                                      plan
+    inventory, ask                                 plan (nothing is fenced)
     open_capture, copy                             copy
     sync, sync, …                                  sync
-    verify                                         verify
+    verify, ask                                    verify
+    thaw, check_return                             cutover, and roll back (turned), begin
     catch_up, freeze, finish, [flip], hand_over, release       cutover
-    sync                                           soak (turned)
+    sync, ask                                      soak (turned)
     sync, verify, catch_up, freeze, finish, [flip], hand_over, release    roll back (turned)
-    cleanup, close_capture                         cleanup (and abort)
+    thaw, release, close_capture, cleanup          abort
+    cleanup, close_capture                         cleanup (turned after a roll-back)
+    backlog, drop_capture                          when a stopped migration's log is over its budget
 """
 
 from __future__ import annotations

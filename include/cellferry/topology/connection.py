@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import psycopg
-from psycopg import conninfo, errors, pq
+from psycopg import conninfo, errors
 
 from cellferry.errors import (
     AccessDenied,
@@ -286,8 +286,3 @@ def _place(parameters: dict[str, Any]) -> str:
     host = parameters.get("host") or parameters.get("hostaddr") or "localhost"
     port = parameters.get("port") or 5432
     return f"{host}:{port}/{parameters.get('dbname') or parameters.get('user') or ''}"
-
-
-def is_idle(connection: psycopg.Connection[Row]) -> bool:
-    """Whether no transaction is open."""
-    return connection.info.transaction_status is pq.TransactionStatus.IDLE

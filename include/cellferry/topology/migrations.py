@@ -262,31 +262,6 @@ class Migrations:
 
         return self._database.run(work)
 
-    def expired_leases(
-        self, after_s: float, states: Iterable[State | str] = (State.CUTTING_OVER,)
-    ) -> list[Migration]:
-        """Return migrations in `states` whose holder was silent for `after_s` seconds: reap these.
-
-        Raises:
-            InvalidInput: unknown state.
-        """
-        wanted = sorted(str(checked_state(state)) for state in states)
-
-        def work(connection: psycopg.Connection[Any]) -> list[Migration]:
-            with connection.cursor(row_factory=dict_row) as cursor:
-                cursor.execute(
-                    _COLUMNS
-                    + """
-                    WHERE m.state = ANY (%s) AND
-                        COALESCE(m.heartbeat_at, m.created_at) < now() - make_interval(secs => %s)
-                    ORDER BY m.id
-                    """,
-                    [wanted, after_s],
-                )
-                return [_migration(row) for row in cursor]
-
-        return self._database.run(work)
-
     def transition(
         self,
         migration_id: int,
@@ -305,7 +280,7 @@ class Migrations:
 
         Raises:
             WrongState: the migration is in neither state, the transition does not exist, or it is
-                the flip's own (`cutting_over` to `soaking`).
+                a flip's own (`cutting_over` to `soaking`, `rolling_back` to `rolled_back`).
             LeaseLost: `attempt` is not the newest.
             InvalidInput: unknown state or migration.
             OutcomeUnknown: the connection broke while committing and the topology does not say.
@@ -498,11 +473,14 @@ class Migrations:
         return self._database.run(work)
 
     def may_clean(self, migration_id: int) -> None:
-        """Return if the source's copy may be deleted now, on the topology's clock (hazard 4).
+        """Return if the copy that was left behind may be deleted now (hazard 4).
+
+        That is the source's; of a migration that was rolled back, the destination's. The TTL is
+        asked of the topology's clock.
 
         Raises:
-            WrongState: not retained, the TTL lasts, the organization returned or moved on, or a
-                newer migration took the retention over.
+            WrongState: not retained or rolled back, the TTL lasts, the organization returned or
+                moved on, or a newer migration took the retention over.
         """
         self._database.run(
             lambda connection: check_may_clean(connection, _load(connection, migration_id))

@@ -42,22 +42,3 @@ def key_text(column: Column, row: str) -> sql.Composed:
         ).format(value)
     # to_jsonb writes dates and times in ISO 8601 whatever DateStyle says
     return sql.SQL("(pg_catalog.to_jsonb({}) OPERATOR(pg_catalog.#>>) '{{}}')").format(value)
-
-
-def key_equals(table: Table, row: str, keys: str) -> sql.Composed:
-    """Return a condition: the primary key of `row` equals the `text[]` column `keys` of SQL.
-
-    Args:
-        row: alias of the table.
-        keys: a qualified reference to the array, such as `k.key`; a constant of the caller's.
-    """
-    return sql.SQL(" AND ").join(
-        sql.SQL("{}.{} = ({}[{}])::{}").format(
-            sql.Identifier(row),
-            sql.Identifier(name),
-            sql.SQL(keys),
-            sql.Literal(position),
-            sql.SQL(table.column(name).type),
-        )
-        for position, name in enumerate(table.primary_key, start=1)
-    )
