@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: docs-check help venv demo test test-fault lint fleet-up fleet-down fleet-status lock docs clean
+.PHONY: docs-check lock-check help venv demo test test-fault lint fleet-up fleet-down fleet-status lock docs clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16

@@ -275,6 +275,9 @@ def attempt(
             for kind, store in context.stores.items():
                 moves[kind] = stack.enter_context(store.open(move, resources, progress))
                 moves[kind].fence()
+            # Whoever slept before its fence, while another ended the migration, does no more. What
+            # its fence left in the cells is the reaper's.
+            progress.check_now()
             yield Attempt(context, topology.migration(migration_id), move, moves, progress)
     except CellferryError as error:
         error.organization = error.organization or migration.organization.slug

@@ -105,7 +105,7 @@ def _target(
         raise WrongState(
             f"organization {organization.slug} has no migration that could be halted",
             organization=organization.slug,
-            hint="to keep it from moving at all, cordon or halt the cell",
+            hint="to keep it from moving at all, halt the cell",
         )
     return HaltScope.MIGRATION, str(moves[0].id), moves[0]
 

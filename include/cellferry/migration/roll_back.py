@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cellferry.errors import Blocked, Unreachable, VerificationFailed, WrongState
+from cellferry.errors import Blocked, Unreachable, WrongState
 from cellferry.migration import history
 from cellferry.migration.barrier import Turn, hand_over, pass_barrier, thaw
 from cellferry.migration.context import Attempt, Context, StepProgress, attempt
 from cellferry.migration.result import StepResult, plain
 from cellferry.migration.sync import run_rounds
-from cellferry.migration.verify import describe_mismatches
+from cellferry.migration.verify import compare_everything
 from cellferry.model import Blocker, Migration, State
 from cellferry.topology.migrations import ROLL_BACK_PAUSE
 
@@ -198,15 +198,12 @@ def _compare(at: Attempt) -> None:
     Raises:
         VerificationFailed: the cells differ.
     """
-    found = {kind: store.verify() for kind, store in at.stores.items()}
+    hint = (
+        f"{at.move.source.name} serves on; look for writers that bypass the gate at "
+        f"{at.move.destination.name}, then roll back again"
+    )
+    found = compare_everything(at, "roll-back", hint, fact="verified_back")
     at.record({"verified_back": plain(found)})
-    failed = {kind: one for kind, one in found.items() if not one.ok}
-    if failed:
-        raise VerificationFailed(
-            describe_mismatches(failed),
-            hint=f"{at.move.source.name} serves on; look for writers that bypass the gate at "
-            f"{at.move.destination.name}, then roll back again",
-        )
 
 
 def turn(reason: str, ttl_s: float | None = None) -> Turn:

@@ -17,8 +17,10 @@ NEXT = {
     State.SYNCING: "rounds, then verification; abort deletes the copy",
     State.READY: "cutover; abort deletes the copy and the source serves on",
     State.CUTTING_OVER: "the cutover is under way or died: run it again, or abort to thaw",
-    State.SOAKING: "the route points at the destination; run soak; abort is no longer possible",
-    State.RETAINED: "the old copy waits for the TTL, then cleanup deletes it",
+    State.SOAKING: "the route points at the destination; run soak. Instead of abort there is now"
+    " cellferry roll-back",
+    State.RETAINED: "the old copy waits for the TTL, then cleanup deletes it; until then cellferry"
+    " roll-back brings the organization back",
     State.CLEANING: "the old copy is being deleted; run cleanup again if it stopped",
     State.COMPLETED: "done",
     State.ABORTED: "given up; the organization stayed where it was",

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from cellferry.errors import VerificationFailed
 from cellferry.migration import history
-from cellferry.migration.context import Context, attempt
+from cellferry.migration.context import Attempt, Context, attempt
 from cellferry.migration.halts import halt_for_mismatch
 from cellferry.migration.positions import FACT, positions
 from cellferry.migration.result import StepResult, plain
 from cellferry.migration.watch import take_baseline
 from cellferry.model import State, Strategy, Verification
 from cellferry.phases import Phase, reach
+
+HINT = (
+    "do not force it: look for writers that bypass the gate at the destination, then abort and "
+    "start again"
+)
 
 ALLOWED = frozenset({State.SYNCING, State.READY})
 DONE = frozenset({State.SOAKING, State.RETAINED, State.CLEANING, State.COMPLETED})
@@ -37,26 +44,14 @@ def verify(context: Context, migration_id: int) -> StepResult:
         )
     with attempt(context, migration_id, "verify", ALLOWED) as at:
         history.follow(at)
-        evidence: dict[str, Verification] = {}
+        evidence: Mapping[str, Verification] = {}
         if at.move.strategy is Strategy.ONLINE:
-            for kind, store in at.stores.items():
-                evidence[kind] = store.verify()
+            evidence = compare_everything(at, "verify", HINT)
         facts = {
             "verified": plain(evidence),
             f"{FACT}verified": positions((at.move.source, at.move.destination), at.stores),
+            "baseline": take_baseline(at),
         }
-        failed = {kind: found for kind, found in evidence.items() if not found.ok}
-        if failed:
-            at.record(facts)
-            text = describe_mismatches(failed)
-            # not left to `attempt`, which lets it be when the topology does not answer
-            halt_for_mismatch(context, at.migration, "verify", text)
-            raise VerificationFailed(
-                text,
-                hint="do not force it: look for writers that bypass the gate at the destination, "
-                "then abort and start again",
-            )
-        facts["baseline"] = take_baseline(at)
         reach(Phase.VERIFY_DONE)
         if at.migration.state is State.SYNCING:
             at.transition(State.READY, facts)
@@ -81,7 +76,32 @@ def verify(context: Context, migration_id: int) -> StepResult:
         )
 
 
-def describe_mismatches(failed: dict[str, Verification]) -> str:
+def compare_everything(
+    at: Attempt, step: str, hint: str, *, fact: str = "verified"
+) -> Mapping[str, Verification]:
+    """Compare every row and key of every store; return the evidence if all are equal.
+
+    Args:
+        at: the attempt, its capture armed.
+        step: for the halt's reason.
+        hint: what to do about a difference.
+        fact: under which name the evidence is kept when there is one.
+
+    Raises:
+        VerificationFailed: something differs; the migration and its cohort are halted.
+    """
+    found = {kind: store.verify() for kind, store in at.stores.items()}
+    failed = {kind: one for kind, one in found.items() if not one.ok}
+    if failed:
+        at.record({fact: plain(found)})
+        text = _describe(failed)
+        # not left to `attempt`, which lets it be when the topology does not answer
+        halt_for_mismatch(at.context, at.migration, step, text)
+        raise VerificationFailed(text, hint=hint)
+    return found
+
+
+def _describe(failed: Mapping[str, Verification]) -> str:
     """Return the first few differences in plain words."""
     return "; ".join(
         f"{kind}: {found.mismatch_count} differences, first "

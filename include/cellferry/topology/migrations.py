@@ -800,7 +800,7 @@ def _create(
         raise WrongState(
             f"cell {destination} is cordoned: {cordoned[0]}",
             organization=org.slug,
-            hint="choose another destination, or lift the cordon",
+            hint="choose another destination",
         )
     join_cohort(connection, cohort)
     check_may_start(connection, (source, destination), cohort)

@@ -393,14 +393,6 @@ def remove(connection: Connection, move: Move) -> None:
     _remove(connection, move, ("open", "moved", "importing"))
 
 
-def sweep_log(connection: Connection) -> int:
-    """Delete log rows that writers in flight added when their gate was just removed."""
-    return connection.execute(
-        "DELETE FROM cellferry.key_log AS log WHERE NOT EXISTS"
-        " (SELECT FROM cellferry.gate WHERE gate.organization = log.organization)"
-    ).rowcount
-
-
 def _remove(connection: Connection, move: Move, states: tuple[str, ...]) -> None:
     facts = {**_facts(move), "states": list(states)}
     gone = connection.execute(
@@ -431,7 +423,7 @@ def await_last_writers(connection: Connection, lock_key: int) -> None:
             sessions.set_locally(connection, "lock_timeout", "500ms")
             connection.execute("SELECT pg_advisory_xact_lock(%s)", (lock_key,))
     except psycopg.errors.LockNotAvailable:
-        return  # what they leave behind is found by `sweep_log`
+        return  # what they leave behind is the reaper's
 
 
 def _change(
