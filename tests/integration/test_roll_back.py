@@ -22,6 +22,7 @@ from cellferry.errors import (
     Blocked,
     CellferryError,
     DrainTimeout,
+    Halted,
     Paused,
     TransientError,
     Unreachable,
@@ -692,6 +693,11 @@ def test_a_difference_at_the_old_cell_is_found(cells: TwoCells, acme: Organizati
         rogue.execute("SET session_replication_role = replica")
         rogue.execute("UPDATE issues SET title = 'issue 4' WHERE id = 7000004")
     roll_back(cells, migration)
+    # The halt outlives it, as every halt: no clean-up before a person has looked.
+    with cells.context() as context:
+        with pytest.raises(Halted, match="7000004"):
+            steps.cleanup(context, migration)
+        context.topology.clear_halt("migration", str(migration), "a forged row", Actor("test"))
     come_back_whole(cells, migration)
 
 
