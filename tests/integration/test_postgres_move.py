@@ -14,8 +14,10 @@ from typing import Any, Self
 import psycopg
 import pytest
 
-from cellferry.errors import DrainTimeout
-from cellferry.model import Side, Strategy
+from cellferry.errors import DrainTimeout, VerificationFailed
+from cellferry.model import Finished, Side, Strategy
+from cellferry.stores.base import StoreMove
+from cellferry.stores.postgres import rounds
 from fixtures.ferry import Ferry, make_ferry
 from fixtures.postgres import FreshDatabases, postgres_versions
 
@@ -204,6 +206,51 @@ def test_freeze_first_moves_everything_under_the_gate(ferry: Ferry) -> None:
 
     assert stored(ferry, Side.DESTINATION) == traffic.titles()
     assert finished.evidence["hashes"]["public.issues"]["count"] >= 1000
+
+
+def work_on(ferry: Ferry) -> None:
+    """More log rows of one hot row than a round may read, then a change of another."""
+    for number in range(15):
+        ferry.run(Side.SOURCE, f"UPDATE issues SET title = 'hot {number}' WHERE id = 1")
+    ferry.run(Side.SOURCE, "UPDATE issues SET title = 'last' WHERE id = 3")
+
+
+def give_up_and_freeze_again(ferry: Ferry, move: StoreMove) -> Finished:
+    """Copy under the gate, thaw, go on working, and finish under a second gate."""
+    move.open_capture()
+    move.freeze(5.0)
+    move.finish()
+    move.thaw()
+    move.release()
+    work_on(ferry)
+    move.freeze(5.0)
+    return move.finish()
+
+
+def test_a_freeze_first_that_is_tried_again_brings_every_change_since(
+    ferry: Ferry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "MAX_LOG_ROWS", 10)
+    with ferry.opened(ferry.move(strategy=Strategy.FREEZE_FIRST)) as move:
+        give_up_and_freeze_again(ferry, move)
+        move.hand_over()
+        move.release()
+
+    assert ferry.content(Side.DESTINATION, 1) == ferry.content(Side.SOURCE, 1)
+
+
+def test_under_the_gate_a_key_in_the_log_excuses_no_difference(
+    ferry: Ferry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_short(self: rounds.Rounds, before_commit: Callable[[], None]) -> Any:
+        return self._run(rounds.ALL, 10, before_commit, forget=False)
+
+    monkeypatch.setattr(rounds.Rounds, "run_last", run_short)
+    with (
+        ferry.opened(ferry.move(strategy=Strategy.FREEZE_FIRST)) as move,
+        pytest.raises(VerificationFailed, match=r"public\.issues 3"),
+    ):
+        give_up_and_freeze_again(ferry, move)
 
 
 def test_a_cutover_that_gives_up_leaves_the_source_serving(ferry: Ferry) -> None:

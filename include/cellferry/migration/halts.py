@@ -248,8 +248,11 @@ def watch(context: Context, *, quiet_s: float = QUIET_S) -> Watched:
             if not is_stopped:
                 context.topology.set_halted(migration.id, over, automatic(context))
                 halted.append(f"{slug}: {over}")
-            elif _is_quiet(context, migration, quiet_s) and give_up_log(
-                context, migration.id, over
+            # (Freeze-first has no rounds that could make good a lost log.)
+            elif (
+                migration.strategy is Strategy.ONLINE
+                and _is_quiet(context, migration, quiet_s)
+                and give_up_log(context, migration.id, over)
             ):
                 given_up.append(f"{slug}: {over}")
         except CellferryError as error:
@@ -268,11 +271,9 @@ def watch(context: Context, *, quiet_s: float = QUIET_S) -> Watched:
 
 
 def _may_capture(migration: Migration) -> bool:
-    return migration.strategy is Strategy.ONLINE and migration.state in (
-        State.COPYING,
-        State.SYNCING,
-        State.READY,
-    )
+    if migration.strategy is Strategy.FREEZE_FIRST:
+        return migration.state is State.READY  # a cutover that gave up leaves its capture on
+    return migration.state in (State.COPYING, State.SYNCING, State.READY)
 
 
 def _log_over_budget(context: Context, migration: Migration, *, is_stopped: bool) -> str | None:

@@ -130,25 +130,43 @@ class Rounds:
         *,
         max_keys: int = MAX_KEYS,
         before_commit: Callable[[], None] | None = None,
-        forget: bool = True,
     ) -> tuple[Round, Applied]:
-        """Run one round; repeating it is harmless.
+        """Run one round and forget what it applied; repeating it is harmless.
 
         Args:
             max_keys: at most so many distinct keys.
             before_commit: more work in the destination's transaction; it runs, with its commit,
                 even when nothing is dirty.
-            forget: whether to delete the log rows that were applied. Under the gate there is no
-                time for it, and no need: applying a key again changes nothing.
 
         Raises:
             VerificationFailed: what was applied differs; nothing was committed.
             LeaseLost: another attempt took over.
         """
+        return self._run(max_keys, MAX_LOG_ROWS, before_commit, forget=True)
+
+    def run_last(self, before_commit: Callable[[], None]) -> tuple[Round, Applied]:
+        """Apply everything that is dirty, however much: the round under the gate.
+
+        It leaves the log alone: there is no time for it, and no need, since applying a key again
+        changes nothing.
+
+        Raises:
+            VerificationFailed, LeaseLost: as `run`.
+        """
+        return self._run(ALL, ALL, before_commit, forget=False)
+
+    def _run(
+        self,
+        max_keys: int,
+        max_rows: int,
+        before_commit: Callable[[], None] | None,
+        *,
+        forget: bool,
+    ) -> tuple[Round, Applied]:
         started = time.monotonic()
         organization = self._move.organization.id
         with snapshot(self._source):
-            dirty = read_log(self._source, organization, max_keys)
+            dirty = read_log(self._source, organization, max_keys, max_rows)
             applied = Applied()
             if dirty.log_ids or before_commit is not None:
                 known = {

@@ -76,9 +76,6 @@ from cellferry.stores.questions import Answer, Question
 
 KIND = "postgres"
 
-#: No round is bounded under the gate: it is small, or the cutover would not have started.
-UNBOUNDED = 10**9
-
 #: Log rows that are deleted in one transaction when a log is given up.
 LOG_BATCH = 50_000
 
@@ -600,9 +597,7 @@ class PostgresMove(StoreMove):
             if self.move.strategy is Strategy.FREEZE_FIRST:
                 copied = self._copier().run()
                 evidence["copied"] = copied.count
-            _, applied = self._rounds().run(
-                max_keys=UNBOUNDED, before_commit=before_commit, forget=False
-            )
+            _, applied = self._rounds().run_last(before_commit)
             compared = applied.compared
             if self.move.strategy is Strategy.FREEZE_FIRST:
                 compared += self._verify_under_the_gate(evidence)
@@ -628,7 +623,8 @@ class PostgresMove(StoreMove):
         return layout.read(self._connection(side, "layout"), self._scope)
 
     def _verify_under_the_gate(self, evidence: dict[str, Any]) -> int:
-        found = self._verifier().run()
+        # The last delta's keys are in the log still, and excuse nothing.
+        found = self._verifier(excuses_dirty=False).run()
         if not found.ok:
             raise VerificationFailed(
                 f"{found.mismatch_count} rows differ, such as {found.mismatches[0].part}"
@@ -673,7 +669,7 @@ class PostgresMove(StoreMove):
         # A standby has everything up to a moment: with this mark, all that came before it.
         if mark is not None and mark.last_key == (str(self.move.attempt),):
             return
-        del self.__dict__["_destination"]
+        self.__dict__.pop("_destination", None)  # gone already if this is tried again
         self.fence()
         self.repair()
         self.finish()
