@@ -19,6 +19,8 @@ from cellferry.errors import (
     LeaseLost,
     Paused,
     PermanentError,
+    Stopped,
+    Unreachable,
     WrongState,
 )
 from cellferry.model import (
@@ -32,6 +34,7 @@ from cellferry.model import (
     Strategy,
 )
 from cellferry.topology import Topology, schema
+from cellferry.topology.progress import ProgressSink
 from fixtures.topology import ACTOR, Bench
 
 GATE = Resource("cell-1", "postgres", "gate", "1")
@@ -494,6 +497,24 @@ def test_a_check_keeps_the_lease_alive(bench: Bench) -> None:
         bench.topology.take_over_silent(migration.id, "reaper", ACTOR, 30)
 
 
+@pytest.mark.parametrize("stop", ["pause", "halt"])
+def test_a_step_that_a_stop_does_not_concern_keeps_its_lease(bench: Bench, stop: str) -> None:
+    migration, attempt = bench.cutting_over()
+    if stop == "pause":
+        bench.topology.set_paused(migration.id, True, ACTOR, "lunch")
+    else:
+        bench.topology.halt("cell", "cell-2", "disk", ACTOR)
+    as_someone_else(
+        bench, "UPDATE topology.migration SET heartbeat_at = now() - interval '1 minute'"
+    )
+
+    with pytest.raises(Stopped):
+        bench.topology.check_lease(migration.id, attempt)
+
+    with pytest.raises(LeaseLost, match="works on migration"):
+        bench.topology.take_over_silent(migration.id, "reaper", ACTOR, 30)
+
+
 # --- flip, retention ----------------------------------------------------------------------------
 
 
@@ -761,3 +782,25 @@ def test_the_sink_of_an_attempt_stops_it_when_it_is_superseded(bench: Bench) -> 
 
     with pytest.raises(LeaseLost):
         sink.check()
+
+
+def test_a_stop_is_an_answer_of_the_topology(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    migration = bench.planned()
+    answers: list[Exception] = [Paused("lunch"), Unreachable("gone")]
+    sink = ProgressSink(
+        bench.topology._database,
+        migration.id,
+        lambda: _raise(answers.pop(0)),
+        grace_s=60.0,
+    )
+    now = time.monotonic()
+    monkeypatch.setattr("cellferry.topology.progress.time.monotonic", lambda: now + 50)
+    with pytest.raises(Paused):
+        sink.check()
+    monkeypatch.setattr("cellferry.topology.progress.time.monotonic", lambda: now + 100)
+    sink.check()  # silent for 50 s only
+    assert answers == []
+
+
+def _raise(error: Exception) -> None:
+    raise error

@@ -17,6 +17,7 @@ from cellferry.errors import (
     LeaseLost,
     OutcomeUnknown,
     Paused,
+    Stopped,
     Unreachable,
     WrongState,
 )
@@ -208,13 +209,16 @@ class Migrations:
     def check_lease(self, migration_id: int, attempt: int) -> None:
         """Raise when this controller must stop; cheap, called once a batch. Keeps the lease alive.
 
+        Of a paused or halted migration as well: a step that a stop does not concern, such as an
+        abort, asks here, and lives.
+
         Raises:
             LeaseLost: another controller took over.
             Paused: a person paused the migration.
             Halted: it is halted, or its cohort, or one of its cells.
         """
 
-        def work(connection: psycopg.Connection[Any]) -> None:
+        def work(connection: psycopg.Connection[Any]) -> Stopped | None:
             row = connection.execute(
                 """
                 SELECT attempt, organization, holder,
@@ -228,7 +232,6 @@ class Migrations:
             newest, org, holder, quiet = row
             if newest != attempt:
                 raise _lease_lost(migration_id, attempt, newest, holder, org)
-            _insist_on_running(connection, migration_id)
             if quiet:
                 connection.execute("SET LOCAL synchronous_commit = off")
                 connection.execute(
@@ -238,8 +241,15 @@ class Migrations:
                     """,
                     [migration_id, attempt],
                 )
+            try:
+                _insist_on_running(connection, migration_id)
+            except Stopped as stop:
+                return stop  # raised here it would take the heartbeat back
+            return None
 
-        self._database.run(work)
+        stop = self._database.run(work)
+        if stop is not None:
+            raise stop
 
     def lease(self, migration_id: int) -> Lease:
         """Return who holds the migration.

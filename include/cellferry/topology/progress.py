@@ -11,7 +11,7 @@ from typing import Any
 
 import psycopg
 
-from cellferry.errors import TransientError
+from cellferry.errors import Stopped, TransientError
 from cellferry.topology.connection import Database
 from cellferry.topology.document import without_secrets
 
@@ -133,6 +133,9 @@ class ProgressSink:
             if not within_grace:
                 raise
             self._quiet_until = time.monotonic() + 1.0
+        except Stopped:
+            self._answered_at = time.monotonic()  # an answer all the same
+            raise
         else:
             self._answered_at = time.monotonic()
 
