@@ -245,6 +245,41 @@ def test_a_controller_that_died_between_giving_up_and_thawing_leaves_nothing_fro
     assert_settled(cells)
 
 
+@pytest.mark.parametrize("by", ["reaper", "clean-up"])
+def test_a_clean_up_leaves_nobody_frozen_whom_a_roll_back_left(
+    cells: TwoCells, acme: Organization, by: str
+) -> None:
+    migration = moved(cells, acme, ttl_s=0.0)
+    with psycopg.connect(cells.connections["cellferry-topology"]) as connection:
+        connection.execute(
+            "UPDATE topology.migration SET options = options || %s",
+            [json.dumps({"freeze_deadline_s": 1e-9})],
+        )
+
+    def gives_up() -> None:
+        with cells.context() as context:
+            steps.roll_back(context, migration, "test")
+
+    dies(gives_up, Phase.UNDONE)
+    assert refusal(cells, "cell-2") == BEING_MOVED
+    with cells.context() as context:
+        steps.resume(context, migration, "the way back is not needed")
+        if by == "reaper":
+            number = context.topology.take_lease(migration, "clean-up", Actor("test"))
+            context.topology.transition(
+                migration, number, State.RETAINED, State.CLEANING, Actor("test")
+            )
+            done = reaped(cells)
+            assert done.failed == []
+            assert "thawed" in verbs(done)
+            assert refusal(cells, "cell-2") is None
+        steps.cleanup(context, migration)
+
+    assert refusal(cells, "cell-2") is None
+    assert cells.migration(migration).state is State.COMPLETED
+    assert cells.traces("cell-1") == cells.traces("cell-2") == NO_TRACES
+
+
 def test_an_abort_that_died_is_finished(cells: TwoCells, acme: Organization) -> None:
     migration = ready(cells, acme)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from cellferry.errors import WrongState
 from cellferry.migration.context import Attempt, Context, attempt
 from cellferry.migration.result import StepResult, plain
@@ -49,6 +51,8 @@ def cleanup(context: Context, migration_id: int) -> StepResult:
     allowed = AFTER_ROLL_BACK if rolled_back else ALLOWED
     with attempt(context, migration_id, "cleanup", allowed, returning=rolled_back) as at:
         context.topology.may_clean(migration_id)
+        if not rolled_back:
+            _serve_on(at)
         if at.migration.state is State.RETAINED:
             at.transition(State.CLEANING)
         reach(Phase.CLEANUP_BEGUN)
@@ -72,6 +76,16 @@ def cleanup(context: Context, migration_id: int) -> StepResult:
             + " and ".join(f"{one['deleted']:,} in {kind}" for kind, one in cleaned.items()),
             cleaned,
         )
+
+
+def _serve_on(at: Attempt) -> None:
+    """Open the new cell if a roll-back that gave up left it frozen: nothing flips back any more."""
+    turned = at.move.turned()
+    resources = at.context.topology.resources(at.migration.id, at.move.attempt)
+    for store in at.context.stores.values():
+        # Refused where the gate is a newer migration's, which looks after it.
+        with store.open(turned, resources, at.progress) as opened, contextlib.suppress(WrongState):
+            opened.thaw()
 
 
 def require_released(at: Attempt) -> None:

@@ -74,8 +74,8 @@ _FOUND_AS = {"key_log": ("key_log", "gate"), "checkpoint": ("checkpoint", "impor
 
 #: States after a flip whose hand-over may be outstanding.
 _AFTER_FLIP = frozenset({State.SOAKING, State.RETAINED, State.ROLLED_BACK})
-#: Of these, the states in which a roll-back that gave up may have left the new cell frozen.
-_SERVES_ON = frozenset({State.SOAKING, State.RETAINED})
+#: States in which a roll-back that gave up may have left the new cell frozen; none flips back.
+_SERVES_ON = frozenset({State.SOAKING, State.RETAINED, State.CLEANING})
 _GIVEN_UP = {State.CUTTING_OVER: State.READY, State.ROLLING_BACK: State.RETAINED}
 
 
