@@ -185,6 +185,19 @@ def hold_lease(connection: Connection, move: Move) -> None:
         raise _lease_lost(move)
 
 
+def insist_on_newest(connection: Connection, move: Move) -> None:
+    """Return unless a newer attempt has the lease. Where nobody has it, nobody took over.
+
+    Raises:
+        LeaseLost: one has.
+    """
+    row = connection.execute(
+        "SELECT attempt FROM cellferry.lease WHERE migration = %s", (move.migration,)
+    ).fetchone()
+    if row is not None and row[0] > move.attempt:
+        raise _lease_lost(move)
+
+
 def drop_lease(connection: Connection, move: Move) -> None:
     """Remove the lease of a migration that has ended in this cell. Repeatable."""
     connection.execute(
