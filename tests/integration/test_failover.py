@@ -20,12 +20,15 @@ from cellferry import phases
 from cellferry.errors import (
     Blocked,
     CellferryError,
+    Halted,
     OutcomeUnknown,
     TransientError,
     WrongState,
 )
-from cellferry.migration import steps
-from cellferry.model import Organization, Route, State
+from cellferry.migration import history, soak, steps
+from cellferry.migration.barrier import hand_over
+from cellferry.migration.context import attempt
+from cellferry.model import Actor, Organization, Route, State
 from cellferry.phases import Phase
 from cellferry.settings import Settings
 from cellferry.topology.connection import Database
@@ -330,6 +333,161 @@ def test_a_retry_brings_the_last_delta_again_before_it_opens_the_destination(
     assert cells.migration(migration).facts["restored"]
     require_moved(cells, migration)
     assert counter(cells, "cell-2", "issue 5") == 1
+
+
+# ── after the flip: the new cell has authority, and loses commits ───────────────────────────────
+
+
+def soaking(fail: Failover) -> tuple[TwoCells, int]:
+    """Moved, with a row written since, of which the old copy has heard and the standby has not."""
+    cells = accepting_lag(fail)
+    migration = cells.plan(acme(cells), soak_s=0)
+    drive(cells, migration)
+    with cells.context() as context:
+        steps.soak(context, migration)
+        fail.stop_streaming()
+        with cells.application("cell-2") as connection:
+            connection.execute("INSERT INTO issues VALUES (7999999, 7, 'only here', 1)")
+        soak.reverse_round(context, migration)
+    return cells, migration
+
+
+def titles(cells: TwoCells, cell: str) -> set[str]:
+    return {row[2] for row in cells.rows(cell, "7")["issues"]}
+
+
+def test_what_the_new_cell_lost_is_not_deleted_in_the_old_copy_unless_a_person_accepts_it(
+    failover: MakeFailover,
+) -> None:
+    fail = failover("destination", synchronous=False)
+    cells, migration = soaking(fail)
+    fail()
+    assert "only here" not in titles(cells, "cell-2")
+    with cells.context() as context:
+        with pytest.raises(Halted, match="has authority, so what it lost cannot be told"):
+            soak.reverse_round(context, migration)
+        for _ in range(2):  # a roll-back works on a halted migration, and must not repair either
+            with pytest.raises(Halted, match="Clearing it accepts"):
+                steps.roll_back(context, migration, "it lost rows")
+        assert context.topology.migration(migration).facts["capture_lost"]["halted"]
+        assert "only here" in titles(cells, "cell-1")
+        assert context.topology.route("7").cell == "cell-2"
+
+        context.topology.clear_halt("migration", str(migration), "accepted", Actor("ada"))
+        steps.roll_back(context, migration, "it lost rows")
+        assert context.topology.route("7").cell == "cell-1"
+        assert not context.topology.migration(migration).facts["capture_lost"]
+    assert "only here" not in titles(cells, "cell-1")
+
+
+def test_clearing_another_halt_accepts_no_loss(failover: MakeFailover) -> None:
+    fail = failover("destination", synchronous=False)
+    cells, migration = soaking(fail)
+    with cells.context() as context:
+        context.topology.set_halted(migration, "something else", Actor("ada"))
+        fail()
+        with pytest.raises(Halted, match="Clearing it accepts"):
+            steps.roll_back(context, migration, "it lost rows")
+        context.topology.clear_halt("migration", str(migration), "that is over", Actor("ada"))
+        with pytest.raises(Halted, match="Clearing it accepts"):
+            steps.roll_back(context, migration, "it lost rows")
+        halted = context.topology.migration(migration).halted
+        assert halted is not None
+        assert "Clearing it accepts" in halted
+    assert "only here" in titles(cells, "cell-1")
+
+
+def test_a_new_cell_without_its_gate_is_not_followed(failover: MakeFailover) -> None:
+    """A backup from before the migration: no gate row, and no rows."""
+    fail = failover("destination", synchronous=False)
+    cells, migration = soaking(fail)
+    fail()
+    with cells.admin("cell-2") as connection:
+        connection.execute("DELETE FROM cellferry.gate")
+        connection.execute("DELETE FROM comments")
+        connection.execute("DELETE FROM issues")
+    before = cells.rows("cell-1", "7")
+    with cells.context() as context:
+        with pytest.raises(Halted):
+            soak.reverse_round(context, migration)
+        context.topology.clear_halt("migration", str(migration), "too early", Actor("ada"))
+        with pytest.raises(WrongState, match="the gate of cell-2 is absent"):
+            soak.reverse_round(context, migration)
+    with cells.admin("cell-2") as connection:
+        assert connection.execute("SELECT count(*) FROM cellferry.gate").fetchone() == (0,)
+    assert cells.rows("cell-1", "7") == before
+
+
+def test_a_failover_that_lost_the_open_is_restored_although_soak_saw_it_first(
+    failover: MakeFailover,
+) -> None:
+    fail = failover("destination", synchronous=False)
+    cells, migration = ready(fail)
+    with (
+        during({Phase.BARRIER_BEGUN: losing_the_delta(fail)}),
+        cells.context() as context,
+    ):
+        steps.cutover(context, migration)
+    fail()
+    assert write(cells, "cell-2") is not None, "the open is lost"
+    with cells.context() as context:
+        with pytest.raises(Halted):
+            steps.soak(context, migration)
+        assert context.topology.migration(migration).facts["handed_over"]
+        with attempt(
+            context, migration, "reap", frozenset({State.SOAKING}), stoppable=False
+        ) as at:  # as the reaper does, which finds the gate of cell-2 not opened
+            history.restore(at)
+            hand_over(at)
+        assert not context.topology.migration(migration).facts["capture_lost"]
+    require_moved(cells, migration)
+    assert counter(cells, "cell-2", "issue 5") == 1
+
+
+def test_soak_leaves_an_unfinished_hand_over_to_the_cutover(failover: MakeFailover) -> None:
+    fail = failover("destination", synchronous=False)
+    cells, migration = ready(fail)
+
+    def dies() -> None:
+        fail()
+        raise KilledError
+
+    with (
+        during({Phase.BARRIER_BEGUN: losing_the_delta(fail), Phase.FLIPPED: dies}),
+        cells.context() as context,
+        pytest.raises(KilledError),
+    ):
+        steps.cutover(context, migration)
+    with cells.context() as context:
+        with pytest.raises(WrongState, match="hand-over after the flip was not finished"):
+            steps.soak(context, migration)
+        steps.cutover(context, migration)
+    require_moved(cells, migration)
+    assert counter(cells, "cell-2", "issue 5") == 1
+
+
+def test_an_old_cell_that_was_opened_before_its_failover_counts_as_handed_back(
+    failover: MakeFailover,
+) -> None:
+    """The controller died after the hand-over, before it recorded it."""
+    fail = failover("source", synchronous=True)
+    cells = fail.cells
+    migration = cells.plan(acme(cells))
+    drive(cells, migration)
+
+    def dies() -> None:
+        raise KilledError
+
+    with cells.context() as context:
+        steps.soak(context, migration)
+        with during({Phase.RELEASED: dies}), pytest.raises(KilledError):
+            steps.roll_back(context, migration, "back")
+        assert not context.topology.migration(migration).facts.get("handed_back")
+    fail()
+    with cells.context() as context:
+        steps.roll_back(context, migration, "back")
+        assert context.topology.migration(migration).facts["handed_back"]
+    assert write(cells, "cell-1") is None
 
 
 # ── asynchronous candidates that a cutover waits for ────────────────────────────────────────────

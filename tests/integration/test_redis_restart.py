@@ -9,7 +9,8 @@ import redis
 
 from cellferry.errors import CellferryError, TransientError, WrongState
 from cellferry.local.valkey_server import ValkeyServer
-from cellferry.model import GateState
+from cellferry.model import Finished, GateState
+from cellferry.stores.redis.store import RedisMove
 from fixtures.redis_organizations import (
     Record,
     admin,
@@ -251,3 +252,97 @@ def test_a_destination_that_lost_its_gate_is_refused_in_plain_words(
         pytest.raises(WrongState, match="the server has lost this migration's gate"),
     ):
         move.sync()
+
+
+def provisioned(pair: ValkeyPair, keys: int = 30) -> None:
+    for server in (pair.source, pair.destination):
+        provision(server)
+    with application(pair.source) as client:
+        fill(client, keys=keys)
+
+
+def to_finish(move: RedisMove) -> Finished:
+    move.open_capture()
+    move.copy()
+    move.catch_up()
+    move.freeze(5)
+    return move.finish()
+
+
+def test_a_destination_that_came_back_empty_is_not_opened(valkey_pair: ValkeyPair) -> None:
+    pair = valkey_pair
+    provisioned(pair)
+    with attempt(pair) as move:
+        to_finish(move)
+        with admin(pair.destination) as client:
+            client.flushall()
+    with (
+        attempt(pair, 2) as move,
+        pytest.raises(WrongState, match="came back empty, or an older state"),
+    ):
+        move.hand_over()
+
+
+@pytest.mark.parametrize("same_process", [True, False])
+def test_a_destination_that_restarted_after_the_last_delta_gets_what_it_lost(
+    own_valkey: Make, same_process: bool
+) -> None:
+    pair = ValkeyPair(own_valkey(), own_valkey())
+    provisioned(pair)
+
+    def lose() -> None:
+        restart(pair.destination)
+        set_back(pair.destination, "org:{4}:session:1", "org:{4}:session:2")
+
+    with attempt(pair) as move:
+        finished = to_finish(move)
+        assert not move.has_restarted(finished.evidence)
+        if same_process:
+            lose()
+            for _ in range(5):
+                try:
+                    move.hand_over()
+                except TransientError:
+                    continue
+                break
+            close(pair)
+    if not same_process:
+        lose()
+        with attempt(pair, 2) as move:
+            assert move.has_restarted(finished.evidence)
+            move.repair()  # as `history.restore`
+            move.finish()
+            close(pair)
+            move.hand_over()
+    with application(pair.destination) as client:
+        client.set("org:{4}:x", "1")
+
+
+@pytest.mark.parametrize("feed", ["open", "new"])
+def test_reverse_rounds_do_not_follow_a_new_cell_that_was_emptied(
+    valkey_pair: ValkeyPair, feed: str
+) -> None:
+    pair = valkey_pair
+    provisioned(pair)
+    with attempt(pair) as move:
+        to_finish(move)
+        move.hand_over()
+    before = contents(pair.source, KEYS)
+    assert before
+    with attempt(pair, 2, returning=True) as back:
+        back.sync()
+        if feed == "open":
+            with admin(pair.destination) as client:
+                client.flushall()
+            for _ in range(3):
+                with pytest.raises(CellferryError):
+                    back.sync()
+    if feed == "new":
+        with admin(pair.destination) as client:
+            client.flushall()
+    with (
+        attempt(pair, 3, returning=True) as back,
+        pytest.raises(WrongState, match=r"gate of .* is absent"),
+    ):
+        back.sync()
+    assert contents(pair.source, KEYS) == before

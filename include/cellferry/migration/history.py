@@ -8,16 +8,20 @@ stood (`Landmark`), and so does the barrier before it freezes anything.
 What was lost is not guessed. The fact `capture_lost` is recorded, durably, and whoever finds it
 arms capture anew, compares everything, repairs what differs, and only then removes the fact. The
 same fact is set where the key log was given up.
+
+After the flip the new cell has authority, and what it lost is perhaps only in the old copy. A
+repair would delete it there. So a loss there halts the migration, and only a person accepts it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NoReturn
 
-from cellferry.errors import TransientError, WrongState
+from cellferry.errors import Halted, TransientError, WrongState
 from cellferry.migration.context import Attempt
+from cellferry.migration.halts import automatic
 from cellferry.migration.result import plain
 from cellferry.model import Landmark, Side, State
 
@@ -40,10 +44,15 @@ def follow(at: Attempt, then: Callable[[], None] | None = None) -> bool:
 
     Raises:
         TransientError: a server has lost commits since the last step; the next try repairs.
+        Halted: it is the new cell, after the flip; a person has to accept that.
+        WrongState: so, and the hand-over was not finished: that comes first.
     """
-    if not at.migration.facts.get(LOST):
+    loss = at.migration.facts.get(LOST)
+    if not loss:
         insist(at)
         return False
+    if at.move.returning and loss.get("needs_acceptance"):
+        _insist_on_acceptance(at, loss)
     repair(at, then)
     return True
 
@@ -53,11 +62,17 @@ def insist(at: Attempt) -> None:
 
     Raises:
         TransientError: one has. It is recorded, and repaired by the next try.
+        Halted, WrongState: as for `follow`.
     """
     found = _read(at)
     if reasons := _breaks(at, found):
         text = "; ".join(reasons.values())
-        at.record({LOST: _loss(text, next(iter(reasons))), LANDMARKS: _merged(at, found)})
+        if at.move.returning and any(
+            where.startswith(f"{at.move.source.name}/") for where in reasons
+        ):
+            _refuse(at, reasons)
+        # The landmarks stay: whoever finishes a hand-over first must see the loss, too.
+        at.record({LOST: _loss(reasons)})
         raise TransientError(
             f"{text}. Rows, or the log of changed keys, may be missing",
             hint="run the step again: it compares everything and repairs what differs",
@@ -70,7 +85,7 @@ def mark_losses(at: Attempt) -> None:
     found = _read(at)
     facts: dict[str, Any] = {LANDMARKS: _merged(at, found)}
     if reasons := _breaks(at, found):
-        facts[LOST] = _loss("; ".join(reasons.values()), next(iter(reasons)))
+        facts[LOST] = _loss(reasons)
     at.record(facts)
 
 
@@ -103,16 +118,73 @@ def restore(at: Attempt) -> None:
     destination lost anything, or where it is open already.
     """
     reasons = _breaks(at, _read(at))
+    loss: dict[str, Any] = dict(at.migration.facts.get(LOST) or {})
+    known_lost = set(loss.get("stores", ()))
+    finished = at.migration.facts.get("finished_back" if at.move.returning else "finished") or {}
+    restored: set[str] = set()
     for kind, store in at.stores.items():
-        if f"{at.move.destination.name}/{kind}" not in reasons:
+        where = f"{at.move.destination.name}/{kind}"
+        evidence = (finished.get(kind) or {}).get("evidence") or {}
+        if not (where in reasons or where in known_lost or store.has_restarted(evidence)):
             continue
         try:
             repaired = store.repair()
+            store.finish()
         except WrongState:
             continue  # its gate is open: it was handed over, and what it has since counts
-        store.finish()
+        restored.add(where)
         at.record({"restored": {kind: plain(repaired)}})
-    at.record({LANDMARKS: _merged(at, _read(at))})
+    facts: dict[str, Any] = {LANDMARKS: _merged(at, _read(at))}
+    if known_lost and known_lost <= restored:
+        facts[LOST] = None
+    at.record(facts)
+
+
+def _refuse(at: Attempt, reasons: dict[str, str]) -> NoReturn:
+    """Keep that the cell with authority lost commits, and halt: nothing is repaired backwards.
+
+    Raises:
+        Halted: always, except
+        WrongState: where the hand-over was not finished, which makes it good.
+    """
+    if at.migration.state is State.SOAKING and not at.migration.facts.get("handed_over"):
+        raise WrongState(
+            f"{'; '.join(reasons.values())}. The hand-over after the flip was not finished",
+            hint="run the cutover again: it brings the new cell up to date, then opens it",
+        )
+    at.record({LOST: {**_loss(reasons), "needs_acceptance": True}})
+    _halt(at, at.migration.facts[LOST])
+
+
+def _insist_on_acceptance(at: Attempt, loss: Mapping[str, Any]) -> None:
+    """Return if a person has cleared the halt that said what was lost.
+
+    Raises:
+        Halted: not yet; or another halt was in its place, and this one is set only now.
+    """
+    if not (loss.get("halted") and at.migration.halted is None):
+        _halt(at, loss)
+
+
+def _halt(at: Attempt, loss: Mapping[str, Any]) -> NoReturn:
+    topology, new, old = at.context.topology, at.move.source.name, at.move.destination.name
+    until = dict(at.migration.facts.get("reversed") or {}).get("at") or "the cutover"
+    text = (
+        f"{loss['reason']}. {new} has authority, so what it lost cannot be told from what was"
+        f" deleted. {old} still has what was there until the last reverse round ({until}); nothing"
+        f" is written or deleted there meanwhile. Choose: bring the newer state of {new} back, or"
+        f" enter again what is only in {old}; then clear this halt. Clearing it accepts what {new}"
+        f" has by then: the next step makes {old} equal to it"
+    )
+    topology.set_halted(at.migration.id, text, automatic(at.context))
+    # An earlier halt stays in its place: who clears that one has not read this.
+    if topology.migration(at.migration.id).halted == text:
+        at.record({LOST: {**loss, "halted": True}})
+    raise Halted(
+        text,
+        hint=f"cellferry clear-halt organization {at.move.organization.slug} --reason …, but only"
+        f" when nothing is missed in {new}",
+    )
 
 
 def _read(at: Attempt) -> dict[str, dict[str, Landmark]]:
@@ -162,5 +234,10 @@ def _merged(at: Attempt, found: dict[str, dict[str, Landmark]]) -> Marks:
     }
 
 
-def _loss(reason: str, store: str) -> dict[str, str]:
-    return {"reason": reason, "at": datetime.now(UTC).isoformat(), "store": store}
+def _loss(reasons: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "reason": "; ".join(reasons.values()),
+        "at": datetime.now(UTC).isoformat(),
+        "store": next(iter(reasons)),
+        "stores": list(reasons),
+    }

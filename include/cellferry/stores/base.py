@@ -211,6 +211,16 @@ class StoreMove(ABC):
         everything anyway whenever it begins.
         """
 
+    def has_restarted(self, evidence: Mapping[str, Any]) -> bool:  # noqa: ARG002 - see below
+        """Say whether the destination is not the process any more that `finish` wrote to.
+
+        For stores whose servers may lose what they had in memory only. Read-only.
+
+        Args:
+            evidence: that of `finish`.
+        """
+        return False
+
     def backlog(self, at_most: int) -> int:  # noqa: ARG002 - for stores that keep a log
         """Count the changes that wait in the log at the source, up to `at_most`. Read-only.
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import psycopg
 from psycopg import sql
 
-from cellferry.errors import Blocked, NotPrepared, Unreachable, VerificationFailed
+from cellferry.errors import Blocked, NotPrepared, Unreachable, VerificationFailed, WrongState
 from cellferry.model import (
     Activity,
     Blocker,
@@ -355,11 +355,37 @@ class PostgresMove(StoreMove):
                 self._note_layouts(self._read_layouts())
 
     def _open_reverse_capture(self) -> None:
-        """Arm the new cell again after its failover; the old cell's gate is still this move's."""
+        """Arm the new cell again after its failover; the old cell's gate is still this move's.
+
+        Raises:
+            WrongState: the new cell has lost its gate, or has another: an older state is there.
+        """
         for kind in ("gate", "key_log"):
             self._intend(Side.SOURCE, kind, self.move.organization.id)
         with sessions.translate_errors(self._where(Side.DESTINATION)):
             gate.hold_retained(self._connection(Side.DESTINATION), self.move)
+        with sessions.translate_errors(self._where(Side.SOURCE)):
+            found = gate.state(self._connection(Side.SOURCE), self.move.organization.id)
+        # Arming would make a gate where there is none: a state without it must not be followed.
+        if (
+            found is None
+            or found.migration != self.move.migration
+            or found.epoch != self.move.epoch
+        ):
+            shown = (
+                "absent"
+                if found is None
+                else f"{found.state} by migration {found.migration} at epoch {found.epoch}"
+            )
+            raise WrongState(
+                f"the gate of {self.move.source.name} is {shown}, and not this migration's at"
+                f" epoch {self.move.epoch}: an older state of the server may be there",
+                hint=f"nothing was changed in {self.move.destination.name}, which has everything"
+                " until the last reverse round. Bring the newer state back, with its gate; or let"
+                " the reaper finish the hand-over, if the gate is only older",
+                organization=self.move.organization.slug,
+                where=self._where(Side.SOURCE),
+            )
         with sessions.translate_errors(self._where(Side.SOURCE)):
             gate.arm(self._connection(Side.SOURCE), self.move, self._progress)
 

@@ -59,6 +59,8 @@ class Pair:
         origin: reads the side that has authority.
         target: reads the other one.
         writer: writes the other one; None where nothing may be written.
+        before_deleting: asked after keys were found absent at the origin, and before they are
+            deleted at the target; raises where the origin may have lost them.
     """
 
     def __init__(
@@ -70,7 +72,9 @@ class Pair:
         prefix: KeyPrefix,
         throttle: Throttle,
         progress: Progress,
+        before_deleting: Callable[[], None] | None = None,
     ) -> None:
+        self._before_deleting = before_deleting
         self.origin = origin
         self.target = target
         self.writer = writer
@@ -213,6 +217,8 @@ class Pair:
         if self.writer is None:
             raise RuntimeError("this comparison may not write")
         keys = list(wanted)
+        if self._before_deleting is not None and None in wanted.values():
+            self._before_deleting()
         commands, size = restore_commands(keys, list(wanted.values()))
         self.writer.checked(commands)
         self.target.send(payloads.questions(keys))

@@ -361,12 +361,21 @@ class Gate:
         """Destination, after the flip: open at the next epoch, with the original rules.
 
         Raises:
-            WrongState: the gate is not `importing` by this migration.
+            WrongState: the gate is not `importing` by this migration, or the server has lost it.
         """
 
         def decide(marker: Marker | None, rules: AccessRules | None) -> Change | None:
             if marker is None:
-                return None  # cleaned up already
+                raise WrongState(
+                    "the server has lost this migration's gate, and perhaps the keys: it came back"
+                    " empty, or an older state of it was restored. It is not opened",
+                    hint=f"{self.move.source.name} has every key up to the freeze, behind its gate."
+                    " Bring this server's data back from its append-only file, a snapshot or a"
+                    " replica that has the gate; then run the step again: it compares everything"
+                    " and brings what is missing",
+                    organization=self.move.organization.id,
+                    where=self.where,
+                )
             if marker.state is GateState.OPEN and marker.epoch > self.move.epoch:
                 return None
             if not self._receives(marker):
@@ -422,6 +431,42 @@ class Gate:
         if not self._is_ours(lease):
             raise self._lost(_lease(lease))
         return self._receives(Marker.parse(value))
+
+    def insist_on_authority(self) -> None:
+        """Source of a return: see that this server still has the gate that was opened here.
+
+        A server that came back empty, or was emptied, has no keys: they were not deleted.
+
+        Raises:
+            WrongState: the gate is not this migration's, or not of this epoch.
+        """
+        marker = self.read()
+        if (
+            marker is not None
+            and self._is_mine(marker)
+            and (
+                (
+                    marker.state in (GateState.OPEN, GateState.FROZEN)
+                    and marker.epoch == self.move.epoch
+                )
+                or self._is_moved_by_us(marker)
+            )
+        ):
+            return
+        found = (
+            f"{marker.state.value} by migration {marker.migration} at epoch {marker.epoch}"
+            if marker
+            else "absent"
+        )
+        raise WrongState(
+            f"the gate of {self.move.source.name} is {found}, and not open by migration"
+            f" {self.move.migration} at epoch {self.move.epoch}: its server may have lost keys",
+            hint=f"nothing was deleted in {self.move.destination.name} since, which has what was"
+            " there until the last reverse round. Bring this server's newer state back, with the"
+            " gate. If a newer migration took the gate over, reverse rounds of this one have ended",
+            organization=self.move.organization.id,
+            where=self.where,
+        )
 
     def deletable(self, marker: Marker | None) -> bool:
         """Whether the copy on this side is this migration's to delete (hazard 4)."""

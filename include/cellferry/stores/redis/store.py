@@ -9,6 +9,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 from cellferry.errors import (
@@ -65,6 +66,8 @@ SMALL_ROUND = 100
 """Dirty keys that catch-up is content with."""
 CATCH_UP_ROUNDS = 8
 BARRIER_S = 2.0
+RUN_ID = "destination_run_id"
+"""In the evidence of `finish`: which process of the server has the last delta."""
 CLEANUP_BATCH = 500
 CLEANUP_KEYS_PER_S = 20_000
 """Pace of a clean-up where the move sets none."""
@@ -278,6 +281,7 @@ class RedisMove(base.StoreMove):
         self._pair: Pair | None = None
         self._pass_s: float | None = None
         self._gate_changes = 0
+        self._at_finish: tuple[Wire, str] | None = None
 
     # --- plan --------------------------------------------------------------------------------
 
@@ -497,6 +501,11 @@ class RedisMove(base.StoreMove):
                 where=_where(self.move.source),
             )
         self._require_importing()
+        self._at_finish = self._gate(Side.DESTINATION).admin, self._run_id_of_destination()
+        found = self._finish(started)
+        return replace(found, evidence={**found.evidence, RUN_ID: self._at_finish[1]})
+
+    def _finish(self, started: float) -> Finished:
         if self.move.strategy is Strategy.FREEZE_FIRST:
             return self._finish_everything(started)
         feed = self._feed
@@ -522,9 +531,31 @@ class RedisMove(base.StoreMove):
     @_verb
     def hand_over(self) -> None:
         """Source `moved`, its user read-only until clean-up; destination open, its user free."""
+        self._bring_again()
         self._gate(Side.SOURCE).hand_over_source()
         self._gate(Side.DESTINATION).open_destination()
         self._end_feed()
+
+    def _bring_again(self) -> None:
+        """Compare everything once more where the destination has restarted since `finish`."""
+        gate = self._gate(Side.DESTINATION)
+        if self._at_finish is None or gate.admin is self._at_finish[0]:
+            return
+        # without its gate `open_destination` refuses it
+        if self._run_id_of_destination() != self._at_finish[1] and gate.receives():
+            self._end_wires(Side.DESTINATION)
+            self._delete_users(Side.DESTINATION)  # it has forgotten them
+            self.repair()
+        self._at_finish = gate.admin, self._run_id_of_destination()
+
+    def _run_id_of_destination(self) -> str:
+        info: bytes = self._gate(Side.DESTINATION).admin.call("INFO", "server")
+        return info.partition(b"run_id:")[2].split()[0].decode()
+
+    @_verb
+    def has_restarted(self, evidence: Mapping[str, Any]) -> bool:
+        """Whether the destination is another process than the one that `finish` wrote to."""
+        return evidence.get(RUN_ID) not in (None, self._run_id_of_destination())
 
     def release(self) -> None:
         """Nobody waits here: refused writers try again by themselves."""
@@ -651,6 +682,8 @@ class RedisMove(base.StoreMove):
         if self._feed is not None and self._feed.lost is None and self._pair is not None:
             return Applied()
         self._end_feed()
+        if self.move.returning:
+            self._gate(Side.SOURCE).insist_on_authority()
         started = time.monotonic()
         feed = Feed(self._user(Side.SOURCE, writer=False), self._name("feed"), self._prefix)
         self._feed = feed
@@ -803,6 +836,11 @@ class RedisMove(base.StoreMove):
             prefix=self._prefix,
             throttle=throttle or self._throttle,
             progress=progress or self._progress,
+            before_deleting=(
+                (lambda: self._gate(Side.SOURCE).insist_on_authority())
+                if self.move.returning
+                else None
+            ),
         )
 
     def _end_feed(self) -> None:
