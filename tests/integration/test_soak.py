@@ -16,13 +16,22 @@ import psycopg
 import pytest
 
 from cellferry import phases, settings
-from cellferry.errors import Breached, Halted, InvalidInput, WrongState
+from cellferry.errors import (
+    Breached,
+    Halted,
+    InvalidInput,
+    LeaseLost,
+    OutcomeUnknown,
+    TransientError,
+    WrongState,
+)
 from cellferry.local.application.keyspace import Keyspace
 from cellferry.local.application.ledger import LedgerWriter
 from cellferry.local.application.relational import Relational
 from cellferry.local.application.session import Session
 from cellferry.local.application.traffic import Writer
 from cellferry.migration import Context, MoveOptions, soak, steps
+from cellferry.migration.watch import Watch
 from cellferry.model import Actor, Migration, Organization, Route, State
 from cellferry.phases import Phase
 from cellferry.routing import BeingMoved, Moved, RouteClient
@@ -320,6 +329,29 @@ def test_a_roll_back_that_was_killed_is_finished_by_the_next_soak(ferried: Ferri
     assert ferried.lost() == {}
 
 
+def test_a_roll_back_that_may_yet_end_is_not_called_failed(ferried: Ferried) -> None:
+    ferried.start()
+    migration = ferried.cut_over(roll_back_on_breach=True)
+    ferried.sabotage(DENIED)
+
+    def unknown(phase: Phase) -> None:
+        if phase is Phase.FINISHED:
+            raise OutcomeUnknown("the topology does not say")
+
+    phases.listen(unknown)
+    try:
+        with pytest.raises(Breached, match="is not over: the topology does not say") as breached:
+            ferried.soak(migration)
+    finally:
+        phases.listen(None)
+    assert "serves on" not in str(breached.value)
+    assert ferried.migration(migration).facts["breach"]["roll_back"] == "begun"
+
+    with pytest.raises(Breached, match="cell-1 serves again"):
+        ferried.soak(migration)
+    assert ferried.lost() == {}
+
+
 def test_a_burst_of_errors_that_is_over_halts_nothing(ferried: Ferried) -> None:
     """It stays in the figures of the last minute for longer than a breach needs."""
     ferried.start(sessions=6, writes_per_s=90)
@@ -419,6 +451,59 @@ def test_a_cell_that_does_not_answer_halts_with_its_name(
         steps.soak(context, migration)
     assert "cell-1/postgres" in str(found.value)
     assert cells.migration(migration).halted
+
+
+def test_a_soak_that_was_superseded_halts_nothing(
+    cells: TwoCells, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acme = cells.add_organization(7, issues=3)
+    migration = move(cells, acme, soak_s=60, breach_s=0.2, soak_lag_s=0.5)
+    monkeypatch.setattr(soak, "TRY_AGAIN_S", 0.1)
+    found_breach = Watch.sample_without
+
+    def taken_over(watch: Watch, error: TransientError) -> None:
+        found_breach(watch, error)
+        if watch.breach is not None:
+            with cells.context() as other:
+                other.topology.take_lease(migration, "a person's roll-back", Actor("ada"))
+
+    monkeypatch.setattr(Watch, "sample_without", taken_over)
+    cells.connections["cell-1-postgres"] = "postgresql://nobody@127.0.0.1:1/absent"
+    with cells.context() as context, pytest.raises(LeaseLost):
+        steps.soak(context, migration)
+    assert cells.migration(migration).halted is None
+    assert not cells.migration(migration).facts.get("breach")
+
+
+def test_a_halt_for_another_reason_does_not_roll_back(cells: TwoCells) -> None:
+    acme = cells.add_organization(7, issues=3)
+    migration = move(cells, acme, soak_s=3_000, roll_back_on_breach=True)
+    breach = {"check": "errors", "text": "soak: x", "halt": "soak: x", "roll_back": "begun"}
+
+    def hear(event: Any) -> None:
+        if event.phase == "soak":
+            raise KilledError
+
+    with cells.context() as context:
+        topology = context.topology
+        topology.record_and_halt(
+            migration,
+            topology.migration(migration).attempt,
+            {"breach": breach},
+            "soak: x",
+            Actor("cellferry"),
+        )
+        topology.clear_halt("migration", str(migration), "it may stay", Actor("ada"))
+        topology.set_halted(migration, "not before Monday", Actor("ada"))
+        with pytest.raises(Halted, match="not before Monday"):
+            steps.soak(context, migration)
+        assert topology.route("7").cell == "cell-2"
+
+        topology.clear_halt("migration", str(migration), "Monday", Actor("ada"))
+        context.listener = hear
+        with pytest.raises(KilledError):
+            steps.soak(context, migration)
+    assert cells.migration(migration).facts["breach"] is None
 
 
 def test_a_killed_soak_goes_on_where_it_was(

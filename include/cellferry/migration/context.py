@@ -241,6 +241,7 @@ def attempt(
     *,
     stoppable: bool = True,
     returning: bool = False,
+    taken: Callable[[int], None] | None = None,
 ) -> Iterator[Attempt]:
     """Take the migration over: a new attempt in the topology, then at every store of both cells.
 
@@ -250,6 +251,7 @@ def attempt(
     Args:
         stoppable: False for steps that must work while the migration is paused or halted.
         returning: for steps after the flip that go from the new cell to the old one.
+        taken: told the attempt's number, for who has to know it even if a cell does not answer.
 
     Raises:
         WrongState: the migration's state is not in `allowed`.
@@ -260,6 +262,8 @@ def attempt(
     _insist_on_state(migration, step, allowed)
     holder = f"{socket.gethostname()}:{os.getpid()}:{step}"
     number = topology.take_lease(migration_id, holder, context.actor, stoppable)
+    if taken is not None:
+        taken(number)
     # An older attempt may have flipped just before: it goes on at the stores if this step cannot.
     migration = topology.migration(migration_id)
     _insist_on_state(migration, step, allowed)

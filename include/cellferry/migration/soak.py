@@ -11,6 +11,7 @@ from cellferry.errors import (
     Breached,
     CellferryError,
     LeaseLost,
+    Stopped,
     TransientError,
 )
 from cellferry.migration import history
@@ -48,7 +49,7 @@ def soak(context: Context, migration_id: int) -> StepResult:
         InvalidInput: the file of smoke queries has become wrong.
     """
     migration = context.topology.migration(migration_id)
-    if migration.halted and migration.facts.get("breach"):
+    if _is_halted_by_breach(migration):
         raise _after_breach(context, migration)
     if migration.state in DONE:
         return StepResult(
@@ -60,20 +61,27 @@ def soak(context: Context, migration_id: int) -> StepResult:
             repeated=True,
         )
     watch = Watch(context, migration)
+    taken: list[int] = []
     while True:
         try:
             with attempt(
-                context, migration_id, "soak", frozenset({State.SOAKING}), returning=True
+                context,
+                migration_id,
+                "soak",
+                frozenset({State.SOAKING}),
+                returning=True,
+                taken=taken.append,
             ) as at:
                 return _watch(at, watch)
         except Breached:
-            raise _after_breach(context, context.topology.migration(migration_id)) from None
+            halted = context.topology.migration(migration_id)
+            raise _after_breach(context, halted, taken[-1]) from None
         except TransientError as error:
             # A cell does not answer, or the topology, without which this raises as well.
             watch.sample_without(error)
-            if watch.breach is not None:
-                _halt(context, context.topology.migration(migration_id), watch, watch.breach)
-                breached = _after_breach(context, context.topology.migration(migration_id))
+            if watch.breach is not None and taken:
+                halted = _halt(context, migration, taken[-1], watch, watch.breach)
+                breached = _after_breach(context, halted, taken[-1])
                 judge_failure(context, migration, "soak", breached)
                 raise breached from error
             time.sleep(TRY_AGAIN_S)
@@ -85,6 +93,8 @@ def _watch(at: Attempt, watch: Watch) -> StepResult:
     Raises:
         Breached: something was so for too long; the migration is halted.
     """
+    if at.migration.facts.get("breach"):
+        at.record({"breach": None})  # of a halt that a person has cleared since
     history.follow(at)
     before_s = float(at.migration.facts.get("soaking", {}).get("watched_s", 0.0))
     started = kept_at = time.monotonic()
@@ -101,7 +111,7 @@ def _watch(at: Attempt, watch: Watch) -> StepResult:
         shown_s = min(int(watched_s), int(at.options.soak_s))
         at.progress.report("soak", "soak", shown_s, int(at.options.soak_s), "s", note)
         if watch.breach is not None:
-            _halt(at.context, at.context.topology.migration(at.migration.id), watch, watch.breach)
+            _halt(at.context, at.migration, at.move.attempt, watch, watch.breach)
             raise Breached(watch.breach.text)
         if is_over and not watch.is_suspicious:
             break
@@ -131,29 +141,53 @@ def _watch(at: Attempt, watch: Watch) -> StepResult:
     )
 
 
-def _halt(context: Context, migration: Migration, watch: Watch, breach: Finding) -> None:
-    """Keep what was found, then halt. A step that is killed in between watches again."""
+def _halt(
+    context: Context, migration: Migration, number: int, watch: Watch, breach: Finding
+) -> Migration:
+    """Keep what was found, and halt, at once. A step that is killed before watches again.
+
+    Raises:
+        LeaseLost: attempt `number` was superseded; nothing was written.
+    """
     options = MoveOptions.model_validate(dict(migration.options))
     goes_back = options.roll_back_on_breach and breach.returning_helps
+    text = f"soak: {breach.text}"[:4000].strip()  # as a halt keeps it
     facts: dict[str, Any] = {
         "check": breach.check,
-        "text": f"soak: {breach.text}",
+        "text": text,
+        "halt": text,
         "finding": plain(breach),
         "roll_back": "begun" if goes_back else "none",
         **watch.facts(),
     }
-    context.topology.record(migration.id, migration.attempt, {"breach": facts, "soaking": {}})
-    context.topology.set_halted(migration.id, facts["text"], automatic(context))
+    return context.topology.record_and_halt(
+        migration.id, number, {"breach": facts, "soaking": {}}, text, automatic(context)
+    )
 
 
-def _after_breach(context: Context, migration: Migration) -> Breached:
+def _is_halted_by_breach(migration: Migration) -> bool:
+    """Whether it is the breach that halted it, and not a person afterwards, for another reason."""
+    breach = migration.facts.get("breach")
+    return bool(breach and migration.halted and breach.get("halt") == migration.halted)
+
+
+def _after_breach(context: Context, migration: Migration, number: int | None = None) -> Breached:
     """Go back if that was decided, then return the error that says what happened.
 
-    A roll-back that was begun and killed is finished; one that failed is not tried again.
+    A roll-back that was begun and killed is finished, and so is one that something kept from
+    its end that may be over; one that failed is not tried again.
+
+    Args:
+        context: the topology, the stores, who asks.
+        migration: halted.
+        number: of the attempt that found the breach; None if that was an earlier soak's.
 
     Raises:
         LeaseLost: another controller works on it.
     """
+    if number is not None:
+        with contextlib.suppress(Stopped):  # it is halted; but is it still this soak's?
+            context.topology.check_lease(migration.id, number)
     breach: dict[str, Any] = dict(migration.facts["breach"])
     text = str(breach["text"])
     slug, new, old = migration.organization.slug, migration.destination, migration.source
@@ -163,18 +197,25 @@ def _after_breach(context: Context, migration: Migration) -> Breached:
             result = roll_back(context, migration.id, text)
         except LeaseLost:
             raise
+        except TransientError as error:
+            text = f"{text}; rolling back automatically is not over: {error}"
         except CellferryError as error:
             breach |= {"roll_back": "failed", "failure": str(error)}
             text = f"{text}; rolling back automatically failed: {error}"
         else:
             breach |= {"roll_back": "done"}
             text = f"{text}; rolled back without loss: {result.summary}"
-        breach["text"] = text
+        if breach["roll_back"] != "begun":
+            breach["text"] = text
         with contextlib.suppress(CellferryError):
             newest = context.topology.migration(migration.id).attempt
             context.topology.record(migration.id, newest, {"breach": breach})
             context.topology.set_error(migration.id, text, attempt=newest)
     served, hint = {
+        "begun": (
+            f"who serves, `cellferry status {slug}` says",
+            f"when what it needs answers again: cellferry roll-back {slug}, which thaws or goes on",
+        ),
         "done": (f"{old} serves again", look),
         "failed": (
             f"it stays in {new}, which serves on",

@@ -335,6 +335,13 @@ def join_cohort(connection: psycopg.Connection[Any], cohort: str | None) -> None
     )
 
 
+def halt_migration(
+    connection: psycopg.Connection[Any], migration_id: int, reason: str, actor: Actor
+) -> None:
+    """Halt one migration inside the caller's transaction; see `Halts.halt`."""
+    _halt(connection, HaltScope.MIGRATION, str(migration_id), _reason(reason, "halt"), actor)
+
+
 def _halt(
     connection: psycopg.Connection[Any], scope: HaltScope, name: str, reason: str, actor: Actor
 ) -> bool:

@@ -37,7 +37,7 @@ from cellferry.topology.audit import AuditEntry
 from cellferry.topology.connection import Database
 from cellferry.topology.directory import check_cell_known, find_organization
 from cellferry.topology.document import document, without_secrets
-from cellferry.topology.halts import check_may_start, halts_on, join_cohort
+from cellferry.topology.halts import check_may_start, halt_migration, halts_on, join_cohort
 
 #: A lease's heartbeat is written at most so often, in seconds.
 HEARTBEAT_S = 5.0
@@ -222,7 +222,7 @@ class Migrations:
             row = connection.execute(
                 """
                 SELECT attempt, organization, holder,
-                       heartbeat_at < now() - make_interval(secs => %s)
+                       abs(extract(epoch FROM now() - heartbeat_at)) > %s
                 FROM topology.migration WHERE id = %s
                 """,
                 [HEARTBEAT_S, migration_id],
@@ -353,6 +353,29 @@ class Migrations:
 
         def work(connection: psycopg.Connection[Any]) -> Migration:
             return _merge_facts(connection, _locked(connection, migration_id, attempt), facts)
+
+        return self._database.run(work)
+
+    def record_and_halt(
+        self,
+        migration_id: int,
+        attempt: int,
+        facts: Mapping[str, Any],
+        reason: str,
+        actor: Actor,
+    ) -> Migration:
+        """Merge `facts` and halt the migration in one transaction: never one without the other.
+
+        A halt that was there keeps its reason; see `halt`. Repeatable.
+
+        Raises:
+            LeaseLost: `attempt` is not the newest; nothing was written.
+        """
+
+        def work(connection: psycopg.Connection[Any]) -> Migration:
+            _merge_facts(connection, _locked(connection, migration_id, attempt), facts)
+            halt_migration(connection, migration_id, reason, actor)
+            return _load(connection, migration_id)
 
         return self._database.run(work)
 
