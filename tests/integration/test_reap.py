@@ -21,12 +21,13 @@ import redis
 import yaml
 
 from cellferry import phases, settings
-from cellferry.errors import CellferryError
+from cellferry.errors import CellferryError, WrongState
 from cellferry.migration import reap_table, steps
 from cellferry.migration.reap import Reaped, reap
 from cellferry.model import Actor, Organization, State
 from cellferry.phases import Phase
-from cellferry.topology import heartbeat
+from cellferry.topology import Topology, heartbeat
+from cellferry.topology.reaping import Known
 from fixtures.cells import NO_TRACES, TwoCells
 
 BEING_MOVED, HAS_MOVED = "CF002", "CF001"
@@ -430,6 +431,50 @@ def test_a_dead_source_does_not_keep_the_destination_closed_after_the_flip(
     assert reaped(cells).failed == []
     assert cells.migration(migration).facts["handed_over"]
     assert refusal(cells, "cell-1") == HAS_MOVED
+
+
+def test_a_cell_is_not_opened_alone_for_another_controller(
+    cells: TwoCells, acme: Organization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    migration = ready(cells, acme, ttl_s=3_600)
+
+    def cutover() -> None:
+        with cells.context() as context:
+            steps.cutover(context, migration)
+
+    dies(cutover, Phase.FLIPPED)
+    ask = Topology.standing
+
+    def overtaken(topology: Topology, migration_id: int) -> Known | None:
+        with cells.context() as other:
+            other.topology.take_lease(migration_id, "another", Actor("test"))
+        return ask(topology, migration_id)
+
+    monkeypatch.setattr(Topology, "standing", overtaken)
+    with unreachable(cells, "cell-1"):
+        reaped(cells)
+    assert refusal(cells, "cell-2") is not None, "that is the other controller's to decide"
+
+
+def test_a_roll_back_that_comes_too_late_does_not_pause_the_clean_up(
+    cells: TwoCells, acme: Organization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    migration = moved(cells, acme, ttl_s=0.0)
+    pause = Topology.set_paused
+
+    def overtaken(topology: Topology, *arguments: Any) -> Any:
+        if cells.migration(migration).state is State.RETAINED:
+            number = topology.take_lease(migration, "clean-up", Actor("test"))
+            topology.transition(migration, number, "retained", "cleaning", Actor("test"))
+        return pause(topology, *arguments)
+
+    monkeypatch.setattr(Topology, "set_paused", overtaken)
+    with cells.context() as context:
+        with pytest.raises(WrongState, match="is cleaning"):
+            steps.roll_back(context, migration, "test")
+        assert not cells.migration(migration).paused
+        steps.cleanup(context, migration)
+    assert cells.migration(migration).state is State.COMPLETED
 
 
 @contextmanager

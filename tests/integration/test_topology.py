@@ -497,6 +497,22 @@ def test_a_check_keeps_the_lease_alive(bench: Bench) -> None:
         bench.topology.take_over_silent(migration.id, "reaper", ACTOR, 30)
 
 
+def test_a_holder_heard_of_in_the_future_is_silent(bench: Bench) -> None:
+    """The topology's clock was set back: a dead holder must not hold on for as long."""
+    dead, attempt = bench.cutting_over("1")
+    alive, living = bench.cutting_over("2")
+    as_someone_else(bench, "UPDATE topology.migration SET heartbeat_at = now() + interval '1 hour'")
+
+    bench.topology.check_lease(alive.id, living)
+
+    known = bench.topology.standing(dead.id)
+    assert known is not None
+    assert known.silent_s > 3_000
+    assert bench.topology.take_over_silent(dead.id, "reaper", ACTOR, 30) == attempt + 1
+    with pytest.raises(LeaseLost, match="works on migration"):
+        bench.topology.take_over_silent(alive.id, "reaper", ACTOR, 30)
+
+
 @pytest.mark.parametrize("stop", ["pause", "halt"])
 def test_a_step_that_a_stop_does_not_concern_keeps_its_lease(bench: Bench, stop: str) -> None:
     migration, attempt = bench.cutting_over()
@@ -733,6 +749,20 @@ def test_a_resource_that_is_made_again_is_live_again(bench: Bench) -> None:
     resources.intend(GATE)
 
     assert bench.topology.live_resources(migration.id) == [GATE]
+
+
+def test_a_superseded_attempt_forgets_nothing(bench: Bench) -> None:
+    migration = bench.planned()
+    first = bench.topology.take_lease(migration.id, "first", ACTOR)
+    second = bench.topology.take_lease(migration.id, "second", ACTOR)
+    bench.topology.resources(migration.id, second).intend(GATE)
+
+    with pytest.raises(LeaseLost):
+        bench.topology.resources(migration.id, first).forget(GATE)
+    assert bench.topology.live_resources(migration.id) == [GATE]
+
+    bench.topology.resources(migration.id, second).forget(GATE)
+    assert bench.topology.live_resources(migration.id) == []
 
 
 def test_a_reaper_sees_whose_a_resource_is(bench: Bench) -> None:

@@ -80,7 +80,7 @@ def give_up_log(context: Context, migration_id: int, reason: str) -> bool:
     progress = StepProgress(
         context, stopped.organization.slug, migration_id, stopped.attempt, stoppable=False
     )
-    resources = context.topology.resources(migration_id)
+    resources = context.topology.resources(migration_id, stopped.attempt)
     with ExitStack() as stack:
         for store in context.stores.values():
             opened = stack.enter_context(store.open(move, resources, progress))

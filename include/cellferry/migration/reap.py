@@ -435,15 +435,21 @@ class _Run:
         allowed = frozenset({migration.state})
         try:
             with attempt(
-                self._context, migration.id, "reap", allowed, stoppable=False, returning=back
+                self._context,
+                migration.id,
+                "reap",
+                allowed,
+                stoppable=False,
+                returning=back,
+                taken=partial(self._taken.__setitem__, migration.id),
             ) as at:
                 history.restore(at)
                 hand_over(at)
                 at.record(fact)
         except Unreachable as error:
             now = self._topology.standing(migration.id)
-            if now is None:
-                raise
+            if now is None or now.attempt != self._taken.get(migration.id):
+                raise  # another controller is at it
             self._open_alone(replace(migration, attempt=now.attempt), now.attempt, error)
             raise
         return True

@@ -6,10 +6,11 @@ the new cell since before it opened, and the old copy has waited behind its gate
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
-from cellferry.errors import Blocked, Unreachable, WrongState
+from cellferry.errors import Blocked, CellferryError, Unreachable, WrongState
 from cellferry.migration import history
 from cellferry.migration.barrier import Turn, hand_over, pass_barrier, thaw
 from cellferry.migration.context import Attempt, Context, StepProgress, attempt
@@ -76,9 +77,22 @@ def roll_back(
 
             cutover(context, migration_id)  # a cutover that was killed after its flip ends first
         return _roll_back(context, migration_id, reason, ttl_s)
+    except WrongState:
+        _lift_pause(context, migration)
+        raise
     except Unreachable as error:
         error.hint = f"{_without(migration, error)}. Its clean-up is paused until then"
         raise
+
+
+def _lift_pause(context: Context, before: Migration) -> None:
+    """Lift this roll-back's pause where a clean-up was quicker: it would keep that from its end."""
+    with contextlib.suppress(CellferryError):
+        now = context.topology.migration(before.id)
+        is_ours = (now.paused_reason or "").startswith(ROLL_BACK_PAUSE)
+        if not before.paused and now.paused and is_ours and now.state not in ALLOWED:
+            why = f"it is {now.state} and cannot be rolled back"
+            context.topology.set_paused(before.id, False, context.actor, why)
 
 
 def examine_return(context: Context, migration_id: int) -> tuple[Blocker, ...]:

@@ -33,7 +33,8 @@ class Known:
     """A migration as the reaper sees it.
 
     Attributes:
-        silent_s: seconds since its holder was last heard of, on the topology's clock.
+        silent_s: seconds since its holder was last heard of, on the topology's clock. A moment
+            that has not come, after the clock was set back, counts as one so long ago.
         resources: what it intended and has not forgotten.
     """
 
@@ -134,8 +135,8 @@ class Reaping:
                 """
                 UPDATE topology.migration
                 SET attempt = attempt + 1, holder = %s, taken_at = now(), heartbeat_at = now()
-                WHERE id = %s AND COALESCE(heartbeat_at, created_at)
-                    <= clock_timestamp() - make_interval(secs => %s)
+                WHERE id = %s AND abs(extract(epoch FROM clock_timestamp()
+                                      - COALESCE(heartbeat_at, created_at))) >= %s
                 RETURNING attempt, organization
                 """,
                 [holder, migration_id, silent_s],
@@ -260,8 +261,8 @@ def _known(connection: psycopg.Connection[Any], ids: list[int], *, everything: b
                    COALESCE((m.facts ->> 'handed_over')::boolean, false) AS handed_over,
                    COALESCE((m.facts ->> 'handed_back')::boolean, false) AS handed_back,
                    m.facts ->> 'capture_lost' IS NOT NULL AS capture_lost,
-                   extract(epoch FROM clock_timestamp()
-                           - COALESCE(m.heartbeat_at, m.created_at))::float8 AS silent_s,
+                   abs(extract(epoch FROM clock_timestamp()
+                       - COALESCE(m.heartbeat_at, m.created_at)))::float8 AS silent_s,
                    ARRAY(SELECT ARRAY[r.cell, r.store, r.kind, r.name]
                          FROM topology.resource AS r
                          WHERE r.migration = m.id AND r.forgotten_at IS NULL) AS resources

@@ -58,9 +58,17 @@ class MigrationResources:
         self._database.run(work)
 
     def forget(self, resource: Resource) -> None:
-        """Record that `resource` is gone, *after* it was removed; repeating is harmless."""
+        """Record that `resource` is gone, *after* it was removed; repeating is harmless.
+
+        Raises:
+            LeaseLost: another attempt took over. It may have made it anew since, and that would
+                be nobody's.
+        """
 
         def work(connection: psycopg.Connection[Any]) -> None:
+            # An attempt's users are its own alone: no other makes them anew.
+            if self._attempt is not None and resource.kind != "acl_user":
+                self._insist_on_lease(connection, self._attempt)
             connection.execute(
                 """
                 UPDATE topology.resource SET forgotten_at = now()
@@ -97,7 +105,7 @@ class Registry:
         Args:
             migration_id: the migration.
             attempt: who records; a superseded attempt records nothing. None for those who only
-                forget or look.
+                look, or who forget what they have just seen gone.
         """
         return MigrationResources(self._database, migration_id, attempt)
 
