@@ -285,12 +285,12 @@ class PostgresMove(StoreMove):
             raise
 
     def _insist_on_lease(self) -> None:
+        """Raise if a newer attempt is the reason; a server that failed over may know of none."""
         with (
             sessions.translate_errors(self._where(Side.SOURCE)),
             _closing(_endpoint(self.move.source).url, "lease", self.move) as connection,
-            connection.transaction(),
         ):
-            gate.hold_lease(connection, self.move)
+            gate.insist_on_newest(connection, self.move)
 
     # ── plan ────────────────────────────────────────────────────────────────────────────────────
 
