@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from cellferry import phases
 from cellferry.errors import Halted, InvalidInput, LeaseLost, Paused, WrongState
 from cellferry.migration import pause as pausing
 from cellferry.migration import steps
+from cellferry.migration.context import StepProgress
 from cellferry.model import Organization, State
 from cellferry.phases import Phase
 from cellferry.stores.postgres import gate, store
@@ -272,6 +274,7 @@ def test_a_paused_log_over_its_budget_is_given_up_and_made_good_after_the_resume
         if phase is Phase.COPY_BATCH and state is State.COPYING and not paused:
             paused.append(phase)
             pause(cells, migration)
+            time.sleep(StepProgress.CHECK_EVERY_S)  # the next batch asks
 
     with listening(hook), cells.context() as context:
         if state is State.COPYING:
