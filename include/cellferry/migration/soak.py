@@ -80,7 +80,7 @@ def soak(context: Context, migration_id: int) -> StepResult:
             # A cell does not answer, or the topology, without which this raises as well.
             watch.sample_without(error)
             if watch.breach is not None and taken:
-                halted = _halt(context, migration, context.topology.migration(migration_id).attempt, watch, watch.breach)
+                halted = _halt(context, migration, taken[-1], watch, watch.breach)
                 breached = _after_breach(context, halted, taken[-1])
                 judge_failure(context, migration, "soak", breached)
                 raise breached from error
@@ -168,7 +168,7 @@ def _halt(
 def _is_halted_by_breach(migration: Migration) -> bool:
     """Whether it is the breach that halted it, and not a person afterwards, for another reason."""
     breach = migration.facts.get("breach")
-    return bool(breach and migration.halted)
+    return bool(breach and migration.halted and breach.get("halt") == migration.halted)
 
 
 def _after_breach(context: Context, migration: Migration, number: int | None = None) -> Breached:
@@ -197,7 +197,7 @@ def _after_breach(context: Context, migration: Migration, number: int | None = N
             result = roll_back(context, migration.id, text)
         except LeaseLost:
             raise
-        except ZeroDivisionError as error:
+        except TransientError as error:
             text = f"{text}; rolling back automatically is not over: {error}"
         except CellferryError as error:
             breach |= {"roll_back": "failed", "failure": str(error)}
