@@ -272,6 +272,8 @@ def test_a_paused_log_over_its_budget_is_given_up_and_made_good_after_the_resume
 
     def hook(phase: Phase) -> None:
         if phase is Phase.COPY_BATCH and state is State.COPYING and not paused:
+            if not cells.rows("cell-2", "7")["issues"]:
+                return  # what will have changed unseen is to be among what was copied
             paused.append(phase)
             pause(cells, migration)
             time.sleep(StepProgress.CHECK_EVERY_S)  # the next batch asks
