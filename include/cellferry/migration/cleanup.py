@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
-from cellferry.errors import WrongState
+from cellferry.errors import LeaseLost, WrongState
 from cellferry.migration.context import Attempt, Context, attempt
 from cellferry.migration.result import StepResult, plain
 from cellferry.model import Side, State
@@ -83,8 +83,12 @@ def _serve_on(at: Attempt) -> None:
     turned = at.move.turned()
     resources = at.context.topology.resources(at.migration.id, at.move.attempt)
     for store in at.context.stores.values():
-        # Refused where the gate is a newer migration's, which looks after it.
-        with store.open(turned, resources, at.progress) as opened, contextlib.suppress(WrongState):
+        # Refused where gate or lease are a newer migration's, which looks after them. (An attempt
+        # that was really taken over gets no further than its first batch.)
+        with (
+            store.open(turned, resources, at.progress) as opened,
+            contextlib.suppress(WrongState, LeaseLost),
+        ):
             opened.thaw()
 
 

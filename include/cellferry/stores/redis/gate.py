@@ -480,23 +480,27 @@ class Gate:
         """Remove marker, lease and checkpoint once nothing here is gated; restore the user.
 
         Call it on a side whose copy is deleted, or that is open. Returns whether they are gone:
-        a side that is still gated, or another migration's, is left as it is.
+        a side that is still gated, or another migration's, is left as it is. So is an older one's
+        open marker, which its way back asks for: only the lease goes, and the next attempt at the
+        older one takes it.
         """
         done = True
+        ours = self.move.migration
 
         def decide(marker: Marker | None, _rules: AccessRules | None) -> Change | None:
             nonlocal done
             done = True
             if marker is not None and not (
                 self.deletable(marker)
-                or (marker.state is GateState.OPEN and marker.migration <= self.move.migration)
+                or (marker.state is GateState.OPEN and marker.migration <= ours)
             ):
                 done = False
                 return None
+            is_older = marker is not None and marker.migration < ours
             gated = marker is not None and marker.state is not GateState.OPEN
             checkpoint = self.prefix.marker("checkpoint")
             return Change(
-                None,
+                marker if is_older else None,
                 marker.rules if marker and gated else None,
                 (("UNLINK", self._lease_key, checkpoint),),
             )
