@@ -130,8 +130,8 @@ def _configuration(
             "enable_health_check": "False",
         },
         "dag_processor": {
-            "refresh_interval": "10",
-            "min_file_process_interval": "30",
+            "refresh_interval": "60",
+            "min_file_process_interval": "300",
         },
         "usage_data_collection": {"enabled": "False"},
     }

@@ -17,7 +17,7 @@ from cellferry.local.server_process import ServerProcess
 log = logging.getLogger(__name__)
 
 #: From the start of one run to the start of the next, in seconds.
-EVERY_S = 20.0
+EVERY_S = 60.0
 #: A run that takes longer is ended; the next goes on from there. Seconds.
 LONGEST_RUN_S = 120.0
 #: A log that has grown over this many bytes is begun anew.

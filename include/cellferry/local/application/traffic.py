@@ -30,7 +30,7 @@ from cellferry.routing import RouteClient
 _READS = 0.12
 _BACKLOG_S = 0.25
 _STATS_EVERY_S = 0.5
-_REPORTS_EVERY_S = 1.0
+_REPORTS_EVERY_S = 5.0
 
 
 class Writer:
