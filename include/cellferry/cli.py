@@ -180,6 +180,13 @@ def _find_migration(context: Context, organization: str) -> Migration:
     return moves[0]
 
 
+def _say(result: Any, as_json: bool, *, with_state: bool = False) -> None:
+    """Print what became of one organization, as a line or as JSON."""
+    state = f" ({result.state})" if with_state else ""
+    line = f"{result.organization}: {result.summary}{state}"
+    click.echo(json.dumps(result.as_dict()) if as_json else line)
+
+
 def _step_command(name: str, text: str) -> None:
     """Add the command for one step of an organization's migration."""
 
@@ -193,11 +200,7 @@ def _step_command(name: str, text: str) -> None:
         with _context(config, quiet=as_json) as context:
             migration = _find_migration(context, organization)
             result = getattr(steps, name)(context, migration.id)
-        click.echo(
-            json.dumps(result.as_dict())
-            if as_json
-            else f"{result.organization}: {result.summary} ({result.state})"
-        )
+        _say(result, as_json, with_state=True)
 
 
 for _name, _text in (
@@ -293,9 +296,7 @@ def abort(config: Path | None, organization: str, reason: str, as_json: bool) ->
     with _context(config, quiet=as_json) as context:
         migration = _find_migration(context, organization)
         result = steps.abort(context, migration.id, reason)
-    click.echo(
-        json.dumps(result.as_dict()) if as_json else f"{result.organization}: {result.summary}"
-    )
+    _say(result, as_json)
 
 
 @main.command("roll-back", short_help="Bring an organization back after the flip, without loss.")
@@ -334,23 +335,13 @@ def roll_back(
                 raise SystemExit(1)
             return
         result = steps.roll_back(context, migration.id, reason, ttl_s=ttl_s)
-    click.echo(
-        json.dumps(result.as_dict())
-        if as_json
-        else f"{result.organization}: {result.summary} ({result.state})"
-    )
+    _say(result, as_json, with_state=True)
 
 
 _reason_option = click.option("--reason", required=True, help="Why; for the audit.")
 _scope_argument = click.argument(
     "scope", type=click.Choice(["organization", "cohort", "cell"]), metavar="SCOPE"
 )
-
-
-def _say(result: Any, as_json: bool) -> None:
-    click.echo(
-        json.dumps(result.as_dict()) if as_json else f"{result.organization}: {result.summary}"
-    )
 
 
 @main.command(short_help="Stop a migration until it is resumed; nothing of it is lost.")

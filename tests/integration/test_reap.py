@@ -94,6 +94,16 @@ def verbs(done: Reaped) -> list[str]:
     return sorted({deed.verb for deed in done.deeds})
 
 
+def running(cells: TwoCells, step: str, migration: int, *arguments: str) -> Callable[[], object]:
+    """A step, to be run by a controller of its own."""
+
+    def run() -> None:
+        with cells.context() as context:
+            getattr(steps, step)(context, migration, *arguments)
+
+    return run
+
+
 def dies(work: Callable[[], object], at: Phase) -> None:
     """Run `work` in a process of its own that is killed when it gets to `at`."""
     pid = os.fork()
@@ -162,11 +172,7 @@ def test_an_organization_is_served_after_its_cutover_was_killed(
 ) -> None:
     migration = ready(cells, acme, ttl_s=3_600)
 
-    def cutover() -> None:
-        with cells.context() as context:
-            steps.cutover(context, migration)
-
-    dies(cutover, phase)
+    dies(running(cells, "cutover", migration), phase)
     if phase not in (Phase.CAUGHT_UP, Phase.BARRIER_BEGUN):
         assert refusal(cells, "cell-1") is not None
 
@@ -191,11 +197,7 @@ def test_an_organization_is_served_after_its_roll_back_was_killed(
 ) -> None:
     migration = moved(cells, acme)
 
-    def roll_back() -> None:
-        with cells.context() as context:
-            steps.roll_back(context, migration, "test")
-
-    dies(roll_back, phase)
+    dies(running(cells, "roll_back", migration, "test"), phase)
     if phase not in (Phase.CAUGHT_UP, Phase.BARRIER_BEGUN):
         assert refusal(cells, "cell-2") is not None
 
@@ -257,11 +259,7 @@ def test_a_clean_up_leaves_nobody_frozen_whom_a_roll_back_left(
             [json.dumps({"freeze_deadline_s": 1e-9})],
         )
 
-    def gives_up() -> None:
-        with cells.context() as context:
-            steps.roll_back(context, migration, "test")
-
-    dies(gives_up, Phase.UNDONE)
+    dies(running(cells, "roll_back", migration, "test"), Phase.UNDONE)
     assert refusal(cells, "cell-2") == BEING_MOVED
     with cells.context() as context:
         steps.resume(context, migration, "the way back is not needed")
@@ -311,11 +309,7 @@ def test_an_abort_goes_on_in_the_next_run_when_its_time_is_over(
 ) -> None:
     migration = ready(cells, acme)
 
-    def abort() -> None:
-        with cells.context() as context:
-            steps.abort(context, migration, "test")
-
-    dies(abort, Phase.ABORTED)
+    dies(running(cells, "abort", migration, "test"), Phase.ABORTED)
     monkeypatch.setattr("cellferry.migration.reap.ABORTS_FOR_S", 0.02)
     first = reaped(cells)
     assert first.failed == []
@@ -330,11 +324,7 @@ def test_an_abort_goes_on_in_the_next_run_when_its_time_is_over(
 def test_nobody_is_taken_over_who_was_heard_of(cells: TwoCells, acme: Organization) -> None:
     migration = ready(cells, acme)
 
-    def cutover() -> None:
-        with cells.context() as context:
-            steps.cutover(context, migration)
-
-    dies(cutover, Phase.FROZEN_ALL)
+    dies(running(cells, "cutover", migration), Phase.FROZEN_ALL)
     before = state_of(cells)
 
     done = reaped(cells, expired_after_s=3_600.0)
@@ -347,11 +337,7 @@ def test_nobody_is_taken_over_who_was_heard_of(cells: TwoCells, acme: Organizati
 def test_a_copy_that_died_waits_for_its_retry(cells: TwoCells, acme: Organization) -> None:
     migration = cells.plan(acme)
 
-    def copy() -> None:
-        with cells.context() as context:
-            steps.copy(context, migration)
-
-    dies(copy, Phase.COPY_BATCH)
+    dies(running(cells, "copy", migration), Phase.COPY_BATCH)
     traces = {cell: cells.traces(cell) for cell in ("cell-1", "cell-2")}
 
     done = reaped(cells)
@@ -395,11 +381,7 @@ def test_a_dead_destination_does_not_keep_the_source_frozen(
 ) -> None:
     migration = ready(cells, acme)
 
-    def cutover() -> None:
-        with cells.context() as context:
-            steps.cutover(context, migration)
-
-    dies(cutover, Phase.FROZEN_ALL)
+    dies(running(cells, "cutover", migration), Phase.FROZEN_ALL)
     with unreachable(cells, "cell-2"):
         done = reaped(cells)
 
@@ -417,11 +399,7 @@ def test_a_dead_source_does_not_keep_the_destination_closed_after_the_flip(
 ) -> None:
     migration = ready(cells, acme, ttl_s=3_600)
 
-    def cutover() -> None:
-        with cells.context() as context:
-            steps.cutover(context, migration)
-
-    dies(cutover, Phase.FLIPPED)
+    dies(running(cells, "cutover", migration), Phase.FLIPPED)
     assert refusal(cells, "cell-2") is not None
     with unreachable(cells, "cell-1"):
         reaped(cells)
@@ -438,11 +416,7 @@ def test_a_cell_is_not_opened_alone_for_another_controller(
 ) -> None:
     migration = ready(cells, acme, ttl_s=3_600)
 
-    def cutover() -> None:
-        with cells.context() as context:
-            steps.cutover(context, migration)
-
-    dies(cutover, Phase.FLIPPED)
+    dies(running(cells, "cutover", migration), Phase.FLIPPED)
     ask = Topology.standing
 
     def overtaken(topology: Topology, migration_id: int) -> Known | None:
@@ -823,11 +797,7 @@ def test_a_dry_run_says_all_and_changes_nothing(cells: TwoCells, acme: Organizat
     other = cells.add_organization(8)
     dying = ready(cells, acme)
 
-    def cutover() -> None:
-        with cells.context() as context:
-            steps.cutover(context, dying)
-
-    dies(cutover, Phase.FROZEN_ALL)
+    dies(running(cells, "cutover", dying), Phase.FROZEN_ALL)
     with cells.context() as context:
         migration = ready(cells, other)
         steps.abort(context, migration, "test")
@@ -854,11 +824,7 @@ def test_a_second_reaper_leaves_the_first_alone(
 ) -> None:
     migration = ready(cells, acme)
 
-    def cutover() -> None:
-        with cells.context() as context:
-            steps.cutover(context, migration)
-
-    dies(cutover, Phase.FROZEN_ALL)
+    dies(running(cells, "cutover", migration), Phase.FROZEN_ALL)
     monkeypatch.setattr("cellferry.migration.reap.WAIT_FOR_OTHER_S", 0.1)
     with cells.context() as first, first.topology.only_reaper(0) as alone:
         assert alone
@@ -942,11 +908,7 @@ def test_the_command_finishes_what_a_killed_controller_left(
 ) -> None:
     migration = ready(cells, acme)
 
-    def cutover() -> None:
-        with cells.context() as context:
-            steps.cutover(context, migration)
-
-    dies(cutover, Phase.FROZEN_ALL)
+    dies(running(cells, "cutover", migration), Phase.FROZEN_ALL)
     connections = tmp_path / "connections.yaml"
     connections.write_text(yaml.safe_dump(cells.connections), encoding="utf-8")
     connections.chmod(0o600)
@@ -983,11 +945,7 @@ def test_the_command_finishes_what_a_killed_controller_left(
 def test_everything_is_audited(cells: TwoCells, acme: Organization) -> None:
     migration = ready(cells, acme)
 
-    def cutover() -> None:
-        with cells.context() as context:
-            steps.cutover(context, migration)
-
-    dies(cutover, Phase.FROZEN_ALL)
+    dies(running(cells, "cutover", migration), Phase.FROZEN_ALL)
     reaped(cells)
     with cells.context() as context:
         notes = [one for one in context.topology.audit(migration) if one.action == "reaped"]

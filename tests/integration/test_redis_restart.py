@@ -31,11 +31,15 @@ def pair(own_valkey: Make, request: pytest.FixtureRequest) -> ValkeyPair:
     """Two servers of the test's own, with keys of an organization at the source."""
     settings = {"appendfsync": request.param}
     made = ValkeyPair(own_valkey(settings=settings), own_valkey(settings=settings))
-    for server in (made.source, made.destination):
-        provision(server)
-    with application(made.source) as client:
-        fill(client, keys=60)
+    provisioned(made, keys=60)
     return made
+
+
+def provisioned(pair: ValkeyPair, keys: int = 30) -> None:
+    for server in (pair.source, pair.destination):
+        provision(server)
+    with application(pair.source) as client:
+        fill(client, keys=keys)
 
 
 def restart(server: ValkeyServer) -> None:
@@ -94,10 +98,7 @@ def test_a_cut_tracking_connection_is_noticed_and_everything_compared_anew(
     valkey_pair: ValkeyPair,
 ) -> None:
     pair = valkey_pair
-    for server in (pair.source, pair.destination):
-        provision(server)
-    with application(pair.source) as client:
-        fill(client, keys=30)
+    provisioned(pair)
     with attempt(pair) as move:
         move.open_capture()
         move.copy()
@@ -124,10 +125,7 @@ def test_a_cut_tracking_connection_under_the_gate_does_not_lose_the_last_keys(
     valkey_pair: ValkeyPair,
 ) -> None:
     pair = valkey_pair
-    for server in (pair.source, pair.destination):
-        provision(server)
-    with application(pair.source) as client:
-        fill(client, keys=30)
+    provisioned(pair)
     with attempt(pair) as move:
         move.open_capture()
         move.copy()
@@ -147,10 +145,7 @@ def test_repair_brings_everything_that_differs_and_removes_what_is_too_much(
     valkey_pair: ValkeyPair,
 ) -> None:
     pair = valkey_pair
-    for server in (pair.source, pair.destination):
-        provision(server)
-    with application(pair.source) as client:
-        fill(client, keys=30)
+    provisioned(pair)
     with attempt(pair) as move:
         move.open_capture()
         move.copy()
@@ -252,13 +247,6 @@ def test_a_destination_that_lost_its_gate_is_refused_in_plain_words(
         pytest.raises(WrongState, match="the server has lost this migration's gate"),
     ):
         move.sync()
-
-
-def provisioned(pair: ValkeyPair, keys: int = 30) -> None:
-    for server in (pair.source, pair.destination):
-        provision(server)
-    with application(pair.source) as client:
-        fill(client, keys=keys)
 
 
 def to_finish(move: RedisMove) -> Finished:

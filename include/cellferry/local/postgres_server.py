@@ -194,22 +194,10 @@ class PostgresServer:
         secret.touch(mode=0o600)
         secret.write_text(primary.superuser_password + "\n", encoding="ascii")
         source = f"{primary.url(dbname='')}?application_name={quote(name, safe='')}"
-        result = subprocess.run(
-            [
-                *(self.bin_dir / "pg_basebackup", "--dbname", source),
-                *("--pgdata", self.data.resolve(), "--wal-method", "stream"),
-                *("--checkpoint", "fast", "--write-recovery-conf", "--no-sync"),
-            ],
-            check=False,
-            cwd=self.data.resolve(),
-            env=self._environment(),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            **popen_arguments(self._account),  # type: ignore[call-overload]
+        self._run_program(
+            *("pg_basebackup", "--dbname", source, "--wal-method", "stream"),
+            *("--checkpoint", "fast", "--write-recovery-conf", "--no-sync"),
         )
-        if result.returncode != 0:
-            raise ServerFailed(f"pg_basebackup to {self.data} failed: {result.stderr}")
         return self.start(timeout)
 
     def promote(self) -> None:
@@ -285,23 +273,31 @@ class PostgresServer:
             handed.flush()
             if self._account is not None:
                 os.chown(handed.name, self._account.uid, self._account.gid)
-            result = subprocess.run(
-                [
-                    *(self.bin_dir / "initdb", "--pgdata", self.data.resolve()),
-                    *("--username", SUPERUSER, "--pwfile", handed.name),
-                    *("--auth", "scram-sha-256", "--encoding", "UTF8", "--locale", "C.UTF-8"),
-                    "--no-sync",
-                ],
-                check=False,
-                cwd=self.data.resolve(),
-                env=self._environment(),
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                **popen_arguments(self._account),  # type: ignore[call-overload]
+            self._run_program(
+                *("initdb", "--username", SUPERUSER, "--pwfile", handed.name),
+                *("--auth", "scram-sha-256", "--encoding", "UTF8", "--locale", "C.UTF-8"),
+                "--no-sync",
             )
+
+    def _run_program(self, program: str, *arguments: str) -> None:
+        """Run one of PostgreSQL's programs on the data folder, as its account.
+
+        Raises:
+            ServerFailed: it failed; with what it said.
+        """
+        result = subprocess.run(
+            [self.bin_dir / program, "--pgdata", self.data.resolve(), *arguments],
+            check=False,
+            cwd=self.data.resolve(),
+            env=self._environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            **popen_arguments(self._account),  # type: ignore[call-overload]
+        )
         if result.returncode != 0:
-            raise ServerFailed(f"initdb in {self.data} failed: {result.stdout}{result.stderr}")
+            said = f"{result.stdout}{result.stderr}"
+            raise ServerFailed(f"{program} in {self.data} failed: {said}")
 
     def _launch(self, timeout: float) -> None:
         command: list[str | Path] = [self.bin_dir / "postgres", "-D", self.data.resolve()]

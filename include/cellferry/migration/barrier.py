@@ -192,7 +192,7 @@ def _freeze_and_finish(at: Attempt, timings: Timings) -> None:
         # becomes dirty between its round and its freeze is what the pause has to carry.
         for store in reversed(list(at.stores.values())):
             store.sync()
-        timings.restart()
+    timings.restart()
     for kind, store in at.stores.items():
         store.freeze(at.move.limits.drain_deadline_s)
         timings.mark(f"freeze {kind}")

@@ -30,6 +30,7 @@ from cellferry.migration.result import StepResult
 from cellferry.model import LIVE_STATES, Activity, Actor, Migration, State, Strategy
 from cellferry.settings import ErrorLimits
 from cellferry.topology import Halt, HaltScope
+from cellferry.topology.migrations import CAPTURING
 
 if TYPE_CHECKING:
     from cellferry.migration.context import Attempt, Context
@@ -273,7 +274,7 @@ def watch(context: Context, *, quiet_s: float = QUIET_S) -> Watched:
 def _may_capture(migration: Migration) -> bool:
     if migration.strategy is Strategy.FREEZE_FIRST:
         return migration.state is State.READY  # a cutover that gave up leaves its capture on
-    return migration.state in (State.COPYING, State.SYNCING, State.READY)
+    return migration.state in CAPTURING
 
 
 def _log_over_budget(context: Context, migration: Migration, *, is_stopped: bool) -> str | None:

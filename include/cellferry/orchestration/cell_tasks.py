@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from airflow.sdk import get_current_context, task
 
 from cellferry.orchestration.retry_policy import BRIEF, PATIENT
-from cellferry.orchestration.step_run import FAILURE, leave_reason, step_context
+from cellferry.orchestration.step_run import FAILURE, describe_failure, leave_reason, step_context
 
 if TYPE_CHECKING:
     from cellferry.migration import Context
@@ -82,11 +82,7 @@ def report_cells() -> dict[str, int]:
     for index, cell in enumerate(cells):
         done = ti.xcom_pull(task_ids="prepare", map_indexes=index)
         if done is None:
-            failure = ti.xcom_pull(task_ids="prepare", key=FAILURE, map_indexes=index) or {}
-            failed.append(
-                f"{cell}: {failure.get('message', 'no message was left; see the log of its task')}"
-                + (f" Remedy: {failure['remedy']}" if failure.get("remedy") else "")
-            )
+            failed.append(describe_failure(ti, "prepare", index, cell))
         rows.append({"cell": cell, "outcome": _outcome(done)})
     log.info("Report\n%s", reporting.table(rows))
     if failed:

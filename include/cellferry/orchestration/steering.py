@@ -10,7 +10,7 @@ from airflow.sdk import get_current_context, task
 
 from cellferry.errors import InvalidInput
 from cellferry.orchestration.retry_policy import BRIEF, PATIENT
-from cellferry.orchestration.step_run import FAILURE, brief, step_context
+from cellferry.orchestration.step_run import FAILURE, brief, describe_failure, step_context
 
 if TYPE_CHECKING:
     from cellferry.migration import Context
@@ -126,11 +126,7 @@ def report_steering() -> dict[str, int]:
         done = ti.xcom_pull(task_ids="steer", map_indexes=index)
         outcome = done["summary"] if done else "FAILED"
         if done is None:
-            failure = ti.xcom_pull(task_ids="steer", key=FAILURE, map_indexes=index) or {}
-            failed.append(
-                f"{target['name']}: {failure.get('message', 'no message was left; see its log')}"
-                + (f" Remedy: {failure['remedy']}" if failure.get("remedy") else "")
-            )
+            failed.append(describe_failure(ti, "steer", index, target["name"]))
         rows.append({"what": f"{target['scope']} {target['name']}", "outcome": outcome})
     log.info("Report\n%s", reporting.table(rows))
     with step_context() as ferry:

@@ -75,6 +75,14 @@ def leave_reason(airflow: Mapping[str, Any], message: str, remedy: str = "") -> 
     airflow["ti"].xcom_push(key=FAILURE, value=failure)
 
 
+def describe_failure(ti: Any, task_id: str, map_index: int, name: str) -> str:
+    """Return a report's line about a mapped task that failed, with the reason that it left."""
+    failure = ti.xcom_pull(task_ids=task_id, key=FAILURE, map_indexes=map_index) or {}
+    message = failure.get("message", "no message was left; see the log of its task")
+    remedy = f" Remedy: {failure['remedy']}" if failure.get("remedy") else ""
+    return f"{name}: {message}{remedy}"
+
+
 def actor(airflow: Mapping[str, Any]) -> Actor:
     """Return who does this, for the audit: the person who triggered the run, if there is one."""
     run = airflow["dag_run"]

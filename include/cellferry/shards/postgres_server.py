@@ -6,27 +6,16 @@ over counts as absent; whoever claims it takes it over.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from importlib import resources
-from typing import Any, LiteralString
+from typing import Any
 
 import psycopg
 
 from cellferry.errors import PermanentError
 from cellferry.shards.claims import Held
 from cellferry.stores.postgres import sessions
+from cellferry.stores.postgres.catalog import queries
 
-
-def _queries() -> Mapping[str, LiteralString]:
-    text = resources.files(__package__).joinpath("postgres_server.sql").read_text(encoding="utf-8")
-    found: dict[str, LiteralString] = {}
-    for part in text.split("-- name: ")[1:]:
-        name, _, query = part.partition("\n")
-        found[name.strip()] = query.strip()
-    return found
-
-
-QUERIES = _queries()
+QUERIES = queries("postgres_server.sql", __package__)
 
 
 class PostgresShard:

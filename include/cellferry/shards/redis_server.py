@@ -8,8 +8,6 @@ from cellferry.errors import Unreachable
 from cellferry.shards.claims import Held
 from cellferry.stores.redis.wire import Address, Command, Wire
 
-NO_EXPIRY = -1
-
 #: INCRBY keeps an expiry; a counter that begins gets one in the same turn of the server.
 _INCREMENT = """
 local value = redis.call('INCRBY', KEYS[1], ARGV[1])

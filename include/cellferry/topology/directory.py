@@ -227,21 +227,7 @@ class Directory:
 
     def route_history(self, organization_id: str) -> list[RouteChange]:
         """Return every change of authority of an organization, oldest first."""
-
-        def work(connection: psycopg.Connection[Any]) -> list[RouteChange]:
-            rows = connection.execute(
-                """
-                SELECT organization, cell, epoch, migration, actor, changed_at
-                FROM topology.route_history WHERE organization = %s ORDER BY epoch
-                """,
-                [organization_id],
-            )
-            return [
-                RouteChange(Route(organization, cell, epoch), migration, actor, at)
-                for organization, cell, epoch, migration, actor, at in rows
-            ]
-
-        return self._database.run(work)
+        return self._database.run(lambda session: read_route_history(session, organization_id))
 
     def wait_for_route_change(
         self, organization_id: str, after_epoch: int, timeout_s: float
@@ -383,3 +369,20 @@ def _wait_for_notification(
         if wait == 1.0:
             return True
     return False
+
+
+def read_route_history(
+    connection: psycopg.Connection[Any], organization_id: str
+) -> list[RouteChange]:
+    """Return every change of authority of an organization, oldest first."""
+    rows = connection.execute(
+        """
+        SELECT organization, cell, epoch, migration, actor, changed_at
+        FROM topology.route_history WHERE organization = %s ORDER BY epoch
+        """,
+        [organization_id],
+    )
+    return [
+        RouteChange(Route(organization, cell, epoch), migration, actor, at)
+        for organization, cell, epoch, migration, actor, at in rows
+    ]

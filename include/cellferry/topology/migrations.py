@@ -125,7 +125,7 @@ class Migrations:
         Raises:
             InvalidInput: there is none with this id.
         """
-        return self._database.run(lambda connection: _load(connection, migration_id))
+        return self._database.run(lambda connection: load_migration(connection, migration_id))
 
     def live_migration(self, organization_id: str) -> Migration | None:
         """Return the one live migration of an organization (invariant 4)."""
@@ -190,19 +190,9 @@ class Migrations:
             ).fetchone()
             if row is None:
                 raise _no_migration(migration_id)
-            attempt, organization = row
             if stoppable:
                 _insist_on_running(connection, migration_id)
-            audit.write(
-                connection,
-                "lease",
-                actor,
-                migration=migration_id,
-                organization=organization,
-                attempt=attempt,
-                evidence={"holder": holder},
-            )
-            return int(attempt)
+            return note_lease(connection, actor, migration_id, holder, *row)
 
         return self._database.run(work)
 
@@ -340,7 +330,7 @@ class Migrations:
                 """,
                 [after, document(facts), migration_id],
             )
-            return _load(connection, migration_id)
+            return load_migration(connection, migration_id)
 
         return self._settled(migration_id, work)
 
@@ -375,7 +365,7 @@ class Migrations:
         def work(connection: psycopg.Connection[Any]) -> Migration:
             _merge_facts(connection, _locked(connection, migration_id, attempt), facts)
             halt_migration(connection, migration_id, reason, actor)
-            return _load(connection, migration_id)
+            return load_migration(connection, migration_id)
 
         return self._database.run(work)
 
@@ -476,7 +466,7 @@ class Migrations:
         """
 
         def work(connection: psycopg.Connection[Any]) -> None:
-            current = _load(connection, migration_id)
+            current = load_migration(connection, migration_id)
             if current.state is not State.ROLLED_BACK:
                 _check_may_roll_back(connection, current)
 
@@ -494,7 +484,7 @@ class Migrations:
         """
 
         def work(connection: psycopg.Connection[Any]) -> bool:
-            current = _load(connection, migration_id, locked=True)
+            current = load_migration(connection, migration_id, locked=True)
             # A write: its commit waits until a synchronous standby has the flip as well.
             connection.execute(
                 "UPDATE topology.migration SET updated_at = now() WHERE id = %s", [migration_id]
@@ -516,7 +506,7 @@ class Migrations:
                 moved on, or a newer migration took the retention over.
         """
         self._database.run(
-            lambda connection: check_may_clean(connection, _load(connection, migration_id))
+            lambda connection: check_may_clean(connection, load_migration(connection, migration_id))
         )
 
     def superseded_by(self, migration_id: int) -> int | None:
@@ -561,7 +551,7 @@ class Migrations:
         shown = without_secrets(reason) if reason else None
 
         def work(connection: psycopg.Connection[Any]) -> Migration:
-            current = _load(connection, migration_id, locked=True)
+            current = load_migration(connection, migration_id, locked=True)
             if current.paused == paused:
                 return current
             connection.execute(
@@ -580,7 +570,7 @@ class Migrations:
                 },
             )
             _note(connection, "paused" if paused else "resumed", current, actor, shown)
-            return _load(connection, migration_id)
+            return load_migration(connection, migration_id)
 
         return self._database.run(work)
 
@@ -601,7 +591,7 @@ class Migrations:
         shown = without_secrets(reason)
 
         def work(connection: psycopg.Connection[Any]) -> Migration | None:
-            current = _load(connection, migration_id, locked=True)
+            current = load_migration(connection, migration_id, locked=True)
             stopped = current.paused or halts_on(connection, migration_id)
             if current.state not in CAPTURING or not stopped:
                 return None
@@ -610,33 +600,8 @@ class Migrations:
                 "reason": shown,
                 "at": row[0] if row else None,
             }
-            is_ready = current.state is State.READY
-            audit.write(
-                connection,
-                "key log given up",
-                actor,
-                migration=migration_id,
-                organization=current.organization.id,
-                from_state=State.READY if is_ready else None,
-                to_state=State.SYNCING if is_ready else None,
-                epoch=current.epoch,
-                attempt=current.attempt + 1,
-                reason=shown,
-            )
-            connection.execute(
-                """
-                UPDATE topology.migration
-                SET state = %s, facts = facts || %s, attempt = attempt + 1, holder = 'give up log',
-                    taken_at = now(), heartbeat_at = now(), updated_at = now()
-                WHERE id = %s
-                """,
-                [
-                    State.SYNCING if is_ready else current.state,
-                    document({"capture_lost": fact}),
-                    migration_id,
-                ],
-            )
-            return _load(connection, migration_id)
+            lose_capture(connection, current, "key log given up", "give up log", actor, fact, shown)
+            return load_migration(connection, migration_id)
 
         return self._database.run(work)
 
@@ -662,7 +627,7 @@ class Migrations:
         request = uuid.uuid4()
 
         def attempt(connection: psycopg.Connection[Any]) -> Migration:
-            current = _load(connection, migration_id, locked=True)
+            current = load_migration(connection, migration_id, locked=True)
             if audit.was_committed(connection, request):
                 return current
             return work(connection, request)
@@ -733,6 +698,72 @@ def _change_authority(
         WHERE id = %s
         """,
         [after, document(facts), ttl_seconds, current.id],
+    )
+
+
+def note_lease(
+    connection: psycopg.Connection[Any],
+    actor: Actor,
+    migration_id: int,
+    holder: str,
+    attempt: int,
+    organization: str,
+) -> int:
+    """Write into the audit who took a lease; return the attempt."""
+    audit.write(
+        connection,
+        "lease",
+        actor,
+        migration=migration_id,
+        organization=organization,
+        attempt=attempt,
+        evidence={"holder": holder},
+    )
+    return int(attempt)
+
+
+def lose_capture(
+    connection: psycopg.Connection[Any],
+    current: Migration,
+    action: str,
+    holder: str,
+    actor: Actor,
+    fact: Mapping[str, Any],
+    reason: str,
+    evidence: Mapping[str, Any] | None = None,
+) -> None:
+    """Record that capture is of no use any more; the caller's transaction commits it.
+
+    Every older attempt is lost, the fact `capture_lost` is `fact`, and a `ready` migration is
+    `syncing` again, because its verification does not hold any more.
+    """
+    is_ready = current.state is State.READY
+    audit.write(
+        connection,
+        action,
+        actor,
+        migration=current.id,
+        organization=current.organization.id,
+        from_state=State.READY if is_ready else None,
+        to_state=State.SYNCING if is_ready else None,
+        epoch=current.epoch,
+        attempt=current.attempt + 1,
+        reason=reason,
+        evidence=evidence,
+    )
+    connection.execute(
+        """
+        UPDATE topology.migration
+        SET state = %s, facts = facts || %s, attempt = attempt + 1, holder = %s,
+            taken_at = now(), heartbeat_at = now(), updated_at = now()
+        WHERE id = %s
+        """,
+        [
+            State.SYNCING if is_ready else current.state,
+            document({"capture_lost": fact}),
+            holder,
+            current.id,
+        ],
     )
 
 
@@ -891,9 +922,14 @@ def _create(
     return migration_id
 
 
-def _load(
+def load_migration(
     connection: psycopg.Connection[Any], migration_id: int, locked: bool = False
 ) -> Migration:
+    """Return a migration as the caller's transaction sees it; `locked` to its end if asked.
+
+    Raises:
+        InvalidInput: there is none with this id.
+    """
     with connection.cursor(row_factory=dict_row) as cursor:
         cursor.execute(_BY_ID_LOCKED if locked else _BY_ID, [migration_id])
         row = cursor.fetchone()
@@ -904,7 +940,7 @@ def _load(
 
 def _locked(connection: psycopg.Connection[Any], migration_id: int, attempt: int) -> Migration:
     """Load the migration, locked to the end of the transaction, and check the lease."""
-    current = _load(connection, migration_id, locked=True)
+    current = load_migration(connection, migration_id, locked=True)
     if current.attempt != attempt:
         raise _lease_lost(migration_id, attempt, current.attempt, None, current.organization.slug)
     return current
@@ -921,7 +957,7 @@ def _merge_facts(
         """,
         [document(facts), current.id],
     )
-    return _load(connection, current.id)
+    return load_migration(connection, current.id)
 
 
 def _note(

@@ -15,7 +15,7 @@ from cellferry.errors import InvalidInput, LeaseLost
 from cellferry.model import LIVE_STATES, Actor, Resource, Route, State, Strategy
 from cellferry.topology import audit
 from cellferry.topology.connection import Database, connect, translated
-from cellferry.topology.document import document
+from cellferry.topology.migrations import load_migration, lose_capture, note_lease
 
 #: One reaper at a time; away from application keys ("cfreap" in hex).
 _LOCK_KEY = 0x6366_7265_6170
@@ -143,17 +143,7 @@ class Reaping:
             ).fetchone()
             if row is None:
                 raise _busy(connection, migration_id)
-            attempt, organization = row
-            audit.write(
-                connection,
-                "lease",
-                actor,
-                migration=migration_id,
-                organization=organization,
-                attempt=attempt,
-                evidence={"holder": holder},
-            )
-            return int(attempt)
+            return note_lease(connection, actor, migration_id, holder, *row)
 
         return self._database.run(work)
 
@@ -195,45 +185,13 @@ class Reaping:
         """
 
         def work(connection: psycopg.Connection[Any]) -> bool:
-            row = connection.execute(
-                """
-                SELECT state, organization, attempt, facts ->> 'capture_lost' IS NOT NULL,
-                       clock_timestamp()
-                FROM topology.migration WHERE id = %s FOR UPDATE
-                """,
-                [migration_id],
-            ).fetchone()
-            if row is None:
-                raise InvalidInput(f"there is no migration {migration_id}")
-            state, organization, attempt, is_marked, now = row
-            if is_marked or State(state) not in CAPTURED:
+            current = load_migration(connection, migration_id, locked=True)
+            if current.facts.get("capture_lost") is not None or current.state not in CAPTURED:
                 return False
-            is_ready = State(state) is State.READY
-            audit.write(
-                connection,
-                "reaped",
-                actor,
-                migration=migration_id,
-                organization=organization,
-                from_state=State.READY if is_ready else None,
-                to_state=State.SYNCING if is_ready else None,
-                attempt=attempt + 1,
-                reason=reason,
-                evidence={"verb": "marked", "fact": "capture_lost"},
-            )
-            connection.execute(
-                """
-                UPDATE topology.migration
-                SET state = %s, facts = facts || %s, attempt = attempt + 1, holder = 'reap',
-                    taken_at = now(), heartbeat_at = now(), updated_at = now()
-                WHERE id = %s
-                """,
-                [
-                    State.SYNCING if is_ready else state,
-                    document({"capture_lost": {"reason": reason, "at": now}}),
-                    migration_id,
-                ],
-            )
+            row = connection.execute("SELECT clock_timestamp()").fetchone()
+            fact = {"reason": reason, "at": row[0] if row else None}
+            evidence = {"verb": "marked", "fact": "capture_lost"}
+            lose_capture(connection, current, "reaped", "reap", actor, fact, reason, evidence)
             return True
 
         return self._database.run(work)

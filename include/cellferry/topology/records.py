@@ -10,12 +10,12 @@ from typing import Any
 import psycopg
 from psycopg.rows import class_row
 
-from cellferry.model import Actor, Migration, Resource, Route
+from cellferry.model import Actor, Migration, Resource
 from cellferry.topology import audit
 from cellferry.topology.audit import AuditEntry
 from cellferry.topology.connection import Database
-from cellferry.topology.directory import RouteChange
-from cellferry.topology.migrations import _load
+from cellferry.topology.directory import RouteChange, read_route_history
+from cellferry.topology.migrations import load_migration
 
 #: Action of the audit rows that hold the hash of a pack.
 EVIDENCE = "evidence"
@@ -77,11 +77,11 @@ class Records:
 
         def work(connection: psycopg.Connection[Any]) -> MigrationRecord:
             connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-            migration = _load(connection, migration_id)
+            migration = load_migration(connection, migration_id)
             around = {
                 "since": migration.created_at,
                 "cells": [migration.source, migration.destination],
-                "cohort": migration.options.get("cohort"),
+                "cohort": migration.cohort,
             }
             with connection.cursor(row_factory=class_row(AuditEntry)) as cursor:
                 cell_audit = cursor.execute(_AROUND, around).fetchall()
@@ -94,7 +94,7 @@ class Records:
                 superseded_by=own[0] if own else None,
                 audit=audit.read(connection, migration=migration_id),
                 cell_audit=cell_audit,
-                routes=_routes(connection, migration.organization.id),
+                routes=read_route_history(connection, migration.organization.id),
                 resources=_resources(connection, migration_id),
                 topology=_topology(connection),
                 read_at=own[1] if own else migration.updated_at,
@@ -110,7 +110,7 @@ class Records:
         """
 
         def work(connection: psycopg.Connection[Any]) -> None:
-            migration = _load(connection, migration_id)
+            migration = load_migration(connection, migration_id)
             audit.write(
                 connection,
                 EVIDENCE,
@@ -123,20 +123,6 @@ class Records:
             )
 
         self._database.run(work)
-
-
-def _routes(connection: psycopg.Connection[Any], organization: str) -> list[RouteChange]:
-    rows = connection.execute(
-        """
-        SELECT organization, cell, epoch, migration, actor, changed_at
-        FROM topology.route_history WHERE organization = %s ORDER BY epoch
-        """,
-        [organization],
-    )
-    return [
-        RouteChange(Route(name, cell, epoch), migration, actor, at)
-        for name, cell, epoch, migration, actor, at in rows
-    ]
 
 
 def _resources(connection: psycopg.Connection[Any], migration_id: int) -> list[ResourceRecord]:

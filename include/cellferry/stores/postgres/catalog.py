@@ -216,9 +216,9 @@ class Catalog:
 
 
 @cache
-def queries(file: str) -> Mapping[str, LiteralString]:
-    """Return the named queries of an SQL file beside this module (`-- name: …` starts one)."""
-    text = resources.files(__package__).joinpath(file).read_text(encoding="utf-8")
+def queries(file: str, package: str = __package__) -> Mapping[str, LiteralString]:
+    """Return the named queries of an SQL file in `package` (`-- name: …` starts one)."""
+    text = resources.files(package).joinpath(file).read_text(encoding="utf-8")
     found: dict[str, LiteralString] = {}
     for part in text.split("-- name: ")[1:]:
         name, _, query = part.partition("\n")

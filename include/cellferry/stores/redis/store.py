@@ -453,6 +453,7 @@ class RedisMove(base.StoreMove):
         # all that `finish` will use is there and warm before anybody is stopped
         _ = self._gate(Side.SOURCE).unstoppable
         self._gate(Side.DESTINATION).read()
+        self._know_destination()
         last_started = time.monotonic()
         total = self._round(ROUND_KEYS, last=True)
         last = Round(
@@ -501,9 +502,9 @@ class RedisMove(base.StoreMove):
                 where=_where(self.move.source),
             )
         self._require_importing()
-        self._at_finish = self._gate(Side.DESTINATION).admin, self._run_id_of_destination()
+        run_id = self._know_destination()  # before anything is written there
         found = self._finish(started)
-        return replace(found, evidence={**found.evidence, RUN_ID: self._at_finish[1]})
+        return replace(found, evidence={**found.evidence, RUN_ID: run_id})
 
     def _finish(self, started: float) -> Finished:
         if self.move.strategy is Strategy.FREEZE_FIRST:
@@ -546,7 +547,14 @@ class RedisMove(base.StoreMove):
             self._end_wires(Side.DESTINATION)
             self._delete_users(Side.DESTINATION)  # it has forgotten them
             self.repair()
-        self._at_finish = gate.admin, self._run_id_of_destination()
+        self._know_destination()
+
+    def _know_destination(self) -> str:
+        """Return the destination's run_id, asked once for each connection to it."""
+        admin = self._gate(Side.DESTINATION).admin
+        if self._at_finish is None or admin is not self._at_finish[0]:
+            self._at_finish = admin, self._run_id_of_destination()
+        return self._at_finish[1]
 
     def _run_id_of_destination(self) -> str:
         info: bytes = self._gate(Side.DESTINATION).admin.call("INFO", "server")
