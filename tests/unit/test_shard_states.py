@@ -14,7 +14,7 @@ from itertools import pairwise
 import pytest
 
 from cellferry.shards.claims import Ask, Held, Verdict, claim
-from cellferry.shards.states import ORDER, RULES, Owner, Rule, ShardState, neighbours
+from cellferry.shards.states import ORDER, RULES, Owner, Rule, ShardState, neighbours, rule
 
 Shards = tuple[bytes | None, bytes | None]
 """Who holds the one key at the old and the new owner."""
@@ -181,8 +181,8 @@ def test_a_lone_claim_is_never_refused(state: ShardState) -> None:
 
 
 def test_a_claim_repeated_after_a_lost_answer_is_accepted_again() -> None:
-    for rule in RULES.values():
-        world = World((b"a", b"a"), (Client(b"a", rule),))
+    for one in RULES.values():
+        world = World((b"a", b"a"), (Client(b"a", one),))
         assert not find(world, None, lambda one: one.clients[0].accepted is False)
 
 
@@ -198,6 +198,77 @@ def find(start: World, authority: Owner | None, wanted: Callable[[World], bool])
                 seen.add(after)
                 waiting.append(after)
     return None
+
+
+@dataclass(frozen=True)
+class Turn(World):
+    """A world in which the copier ends, and a client of the next state begins only then."""
+
+    has_ended: bool = False
+
+
+def explore_turn(start: Turn, authority: Owner, next_client: bytes) -> Turn | None:
+    """Return a world in which two won, if any order of events leads to one."""
+    seen = {start}
+    waiting = [start]
+    while waiting:
+        world = waiting.pop()
+        if sum(one.accepted is True for one in world.clients) > 1:
+            return world
+        for after in turn_successors(world, authority, next_client):
+            if after not in seen:
+                seen.add(after)
+                waiting.append(after)
+    return None
+
+
+def turn_successors(world: Turn, authority: Owner, next_client: bytes) -> Iterable[Turn]:
+    for after in successors(world, None if world.has_ended else authority):
+        moved = {b.name for a, b in zip(world.clients, after.clients, strict=True) if a != b}
+        if next_client in moved and not world.has_ended:
+            continue
+        turned = replace(world, clients=after.clients, shards=after.shards, copied=after.copied)
+        # what changes after the copier has ended is nobody's to bring
+        yield replace(turned, dirty=after.dirty and not world.has_ended, trace=after.trace)
+    if not world.has_ended and not world.dirty and world.copied is None:
+        yield replace(world, has_ended=True, trace=(*world.trace, "the copier ends"))
+
+
+HELD = [(None, None), (None, b"s"), (b"s", None), (b"s", b"s")]
+
+
+@pytest.mark.parametrize("shards", HELD)
+@pytest.mark.parametrize(
+    ("authority", "then"),
+    [(Owner.OLD, ShardState.DUAL_READ_NEW), (Owner.NEW, ShardState.DUAL_READ_OLD)],
+)
+def test_what_the_copier_undid_before_it_ended_lets_nobody_win_afterwards(
+    shards: Shards, authority: Owner, then: ShardState
+) -> None:
+    switching = rule(SWITCH, authority)
+    clients = (Client(b"a", switching), Client(b"b", switching), Client(b"c", RULES[then]))
+    twice = explore_turn(Turn(shards, clients, dirty=True), authority, b"c")
+    assert twice is None, "\n".join(twice.trace)
+
+
+def test_the_same_order_of_owners_both_ways_would_accept_an_id_twice() -> None:
+    onward = rule(SWITCH, Owner.OLD)
+    clients = (Client(b"a", onward), Client(b"c", RULES[ShardState.DUAL_READ_OLD]))
+    assert explore_turn(Turn((None, None), clients, dirty=True), Owner.NEW, b"c") is not None
+
+
+@pytest.mark.parametrize("shards", HELD)
+@pytest.mark.parametrize("behind", [ShardState.DUAL_READ_NEW, SWITCH, ShardState.DUAL_READ_OLD])
+def test_clients_on_their_way_back_never_both_accept(shards: Shards, behind: ShardState) -> None:
+    back = rule(SWITCH, Owner.NEW)
+    clients = tuple(
+        Client(name, one)
+        for name, one in ((b"a", rule(behind, Owner.NEW)), (b"b", back), (b"c", back))
+    )
+    authorities = {None, Owner.OLD} if behind is ShardState.DUAL_READ_OLD else {None, Owner.NEW}
+    for authority in authorities:
+        _, twice = explore(World(shards, clients, dirty=True), authority)
+        assert twice is None, "\n".join(twice.trace)
 
 
 def test_the_requirements_own_cutover_accepts_an_id_twice() -> None:

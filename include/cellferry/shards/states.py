@@ -9,7 +9,7 @@ state              a claim must win    values live at      the copier follows
 =================  ==================  ==================  =========================
 old                old                 old                 old → new
 dual, read old     old (new mirrors)   old                 old → new
-switching          old, then new       nowhere: they wait  what is left, to the end
+switching          both: see below     nowhere: they wait  what is left, to the end
 dual, read new     new (old mirrors)   new                 new → old
 new                new                 new                 new → old, until clean-up
 =================  ==================  ==================  =========================
@@ -24,6 +24,13 @@ Values and counters cannot be decided at two places at once. They have one autho
 last changes over; the copier has ended before the next state is set. A copier is the one writer of
 the side that has no authority, so it may overwrite and delete there, and what was deleted at the
 authority is not brought back.
+
+In `switching` a claim must win at both owners, first at the one that has had the authority: from
+there the copier reads, so it learns of every claim that it could have undone at the other one by a
+late write, and writes again. With one fixed order a roll-back would accept an id twice: a claim
+wins at the old owner, the copier, which saw the key absent at the new one, removes it, ends, and
+another claim wins at the old owner in the next state. So `switching` knows from where it was
+entered (`rule`); clients in both directions of it never meet.
 
 The requirements' own cutover has no `switching`, changes the ring and ends dual writing in one
 rolling restart, and so has clients that decide at the old owner beside such as decide at the new
@@ -84,10 +91,21 @@ RULES: Mapping[ShardState, Rule] = {
     ShardState.OLD: Rule((Owner.OLD,), None, Owner.OLD, Owner.OLD),
     ShardState.DUAL_READ_OLD: Rule((Owner.OLD,), Owner.NEW, Owner.OLD, Owner.OLD),
     # Both owners in one order for everybody: two claims cannot each win one of them.
-    ShardState.SWITCHING: Rule((Owner.OLD, Owner.NEW), None, None, None),
+    ShardState.SWITCHING: Rule((Owner.OLD, Owner.NEW), None, None, None),  # see `rule`
     ShardState.DUAL_READ_NEW: Rule((Owner.NEW,), Owner.OLD, Owner.NEW, Owner.NEW),
     ShardState.NEW: Rule((Owner.NEW,), None, Owner.NEW, Owner.NEW),
 }
+
+
+def rule(state: ShardState, authority: Owner = Owner.OLD) -> Rule:
+    """Return what `state` asks.
+
+    Args:
+        authority: for `switching`: the side that had the authority before it; ignored otherwise.
+    """
+    if state is ShardState.SWITCHING:
+        return Rule((authority, authority.other), None, None, None)
+    return RULES[state]
 
 
 def neighbours(state: ShardState) -> tuple[ShardState, ...]:
