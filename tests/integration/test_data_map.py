@@ -13,7 +13,13 @@ from psycopg import sql
 from rich.console import Console
 
 from cellferry.errors import InvalidInput, UnsupportedSchema
-from cellferry.stores.postgres.data_map import discover, render_for_review, require_supported, show
+from cellferry.stores.postgres.data_map import (
+    _probe,
+    discover,
+    render_for_review,
+    require_supported,
+    show,
+)
 from cellferry.stores.postgres.data_map_file import DataMapFile, load, parse
 from cellferry.stores.postgres.ownership import owned_by, owner_text
 from cellferry.stores.postgres.schema import DataMap, Name, Placement
@@ -669,3 +675,13 @@ def test_a_wrong_name_in_the_file_is_an_error(
     )
     with pytest.raises(InvalidInput, match=expected):
         discover(database, parse(text, source="app.yaml"))
+
+
+def test_a_server_that_ends_the_session_is_not_taken_for_a_wrong_path(
+    database: Connection, fresh_database: str
+) -> None:
+    data_map = discover(database, install(database, PRODUCTS[0]))
+    with psycopg.connect(fresh_database, autocommit=True) as dying:
+        database.execute("SELECT pg_terminate_backend(%s, 5000)", (dying.info.backend_pid,))
+        with pytest.raises(psycopg.OperationalError):
+            _probe(dying, data_map)

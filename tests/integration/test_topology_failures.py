@@ -355,6 +355,31 @@ def test_a_forked_process_gets_its_own_connection(bench: Bench) -> None:
     assert bench.topology.route("1").epoch == 1
 
 
+def test_a_reaper_whose_server_ends_while_it_waits_for_its_lock_hears_that_in_our_words(
+    bench: Bench,
+) -> None:
+    def wait() -> None:
+        with Topology(bench.url) as waiting, waiting.only_reaper(30):
+            pass
+
+    with (
+        bench.topology.only_reaper(0) as alone,
+        psycopg.connect(bench.url, autocommit=True) as admin,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        assert alone
+        waits = pool.submit(wait)
+        while not waits.done():
+            admin.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND query ~ '^SELECT pg_try_advisory_lock'"
+                " AND pid NOT IN (SELECT pid FROM pg_locks WHERE locktype = 'advisory')"
+            )
+            time.sleep(0.05)
+        with pytest.raises(Unreachable):
+            waits.result()
+
+
 def test_threads_may_share_a_topology(bench: Bench) -> None:
     migration = bench.planned()
     attempt = bench.topology.take_lease(migration.id, "test", ACTOR)

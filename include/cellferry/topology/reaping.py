@@ -89,7 +89,10 @@ class Reaping:
             session.autocommit = True
             deadline = time.monotonic() + wait_s
             while True:
-                row = session.execute("SELECT pg_try_advisory_lock(%s)", [_LOCK_KEY]).fetchone()
+                try:
+                    row = session.execute("SELECT pg_try_advisory_lock(%s)", [_LOCK_KEY]).fetchone()
+                except psycopg.Error as error:
+                    raise translated(error, self._database.where) from error
                 is_held = row == (True,)
                 if is_held or time.monotonic() >= deadline:
                     break

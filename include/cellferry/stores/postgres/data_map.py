@@ -13,8 +13,8 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from cellferry.errors import InvalidInput, UnsupportedSchema
-from cellferry.stores.postgres import file_names
+from cellferry.errors import InvalidInput, TransientError, UnsupportedSchema
+from cellferry.stores.postgres import file_names, sessions
 from cellferry.stores.postgres.catalog import (
     Catalog,
     CatalogColumn,
@@ -533,6 +533,10 @@ def _probe(connection: psycopg.Connection[Any], data_map: DataMap) -> list[Refus
         except psycopg.errors.InsufficientPrivilege:
             continue  # plan reports privileges, with their remedy
         except psycopg.Error as error:
+            if error.sqlstate is None or isinstance(
+                sessions.translated(error, str(table.name)), TransientError
+            ):
+                raise  # the server or the connection is to blame, not the path
             refused.append(
                 Refusal(
                     table=str(table.name),
