@@ -10,4 +10,6 @@ pytest_plugins = [
     "fixtures.severed_network",
     "fixtures.gated",
     "fixtures.standby",
+    "fixtures.shards",
+    "fixtures.moving_shards",
 ]

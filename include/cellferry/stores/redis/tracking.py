@@ -12,16 +12,32 @@ import threading
 import time
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import hiredis
 
 from cellferry.errors import CellferryError, TransientError
-from cellferry.stores.redis.key_prefix import KeyPrefix
 from cellferry.stores.redis.wire import Address, Wire
 
 _IDLE_PING_S = 5.0
 """A feed that is silent for so long is asked whether it still lives."""
+
+
+class Watched(Protocol):
+    """Which keys a feed hears of."""
+
+    @property
+    def encoded(self) -> bytes:
+        """What their names begin with; empty for all keys of the server's database."""
+        ...
+
+    def marker(self, what: str) -> str:
+        """Return the name of a key of ours; `gate` is pushed too, and counted by itself."""
+        ...
+
+    def owns(self, key: bytes) -> bool:
+        """Whether a key with that beginning is one that the feed keeps."""
+        ...
 
 
 class Feed:
@@ -32,7 +48,7 @@ class Feed:
         AccessDenied: the user may not track.
     """
 
-    def __init__(self, address: Address, name: str, prefix: KeyPrefix) -> None:
+    def __init__(self, address: Address, name: str, prefix: Watched) -> None:
         self._prefix = prefix
         self._gate = prefix.marker("gate").encode()
         self._where = address.where
@@ -45,7 +61,9 @@ class Feed:
         self._closing = False
         self._wire = Wire(address, name, protocol=3)
         try:
-            prefixes = ("PREFIX", prefix.encoded, "PREFIX", self._gate)
+            prefixes: tuple[str | bytes, ...] = ("PREFIX", prefix.encoded)
+            if not self._gate.startswith(prefix.encoded):  # the server refuses an overlap
+                prefixes += ("PREFIX", self._gate)
             self._wire.call("CLIENT", "TRACKING", "ON", "BCAST", *prefixes, "NOLOOP")
             self._wire.wait_at_most(_IDLE_PING_S)
         except BaseException:
