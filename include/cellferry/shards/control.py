@@ -37,7 +37,7 @@ from cellferry.model import Actor
 from cellferry.shards.clock import now_s
 from cellferry.shards.figures import ShardFigures
 from cellferry.shards.settings import ShardSet
-from cellferry.shards.states import ShardState, neighbours
+from cellferry.shards.states import RULES, Owner, ShardState, neighbours
 from cellferry.topology import schema
 from cellferry.topology.connection import Database
 from cellferry.topology.document import document, without_secrets
@@ -79,10 +79,12 @@ class Resharding:
     """A change of a set's shards, as the topology knows it.
 
     Attributes:
+        authority: whose values count; in `switching`, whose counted until then.
         epoch: the set's, since this re-sharding's last change.
         ttl_until: until when the old owners keep their copies; None before it became `new`.
         ended: `completed`, `aborted`, `rolled_back`, or None while it is live.
-        attempt: the newest controller's number; `holder` and `step` say who and what.
+        attempt: the newest controller's number, which rises over all re-shardings of the set;
+            `holder` and `step` say who and what.
     """
 
     id: int
@@ -90,6 +92,7 @@ class Resharding:
     old: ShardSet
     new: ShardSet
     state: ShardState
+    authority: Owner
     epoch: int
     plan: Mapping[str, Any]
     facts: Mapping[str, Any]
@@ -297,10 +300,12 @@ class ShardControl:
             epoch = _raise_epoch(connection, name, epoch)
             row = connection.execute(
                 """
-                INSERT INTO topology.resharding (shard_set, old, new, epoch, plan, ttl_s)
-                VALUES (%s, %s, %s, %s, %s, %s) RETURNING id
+                INSERT INTO topology.resharding (attempt, shard_set, old, new, epoch, plan, ttl_s)
+                VALUES (COALESCE((SELECT max(attempt) FROM topology.resharding
+                                  WHERE shard_set = %s), 0), %s, %s, %s, %s, %s, %s) RETURNING id
                 """,
                 [
+                    name,
                     name,
                     Jsonb(old.document()),
                     Jsonb(target.document()),
@@ -381,12 +386,17 @@ class ShardControl:
             connection.execute(
                 """
                 UPDATE topology.resharding
-                SET state = %(to)s, epoch = %(epoch)s,
+                SET state = %(to)s, authority = %(authority)s, epoch = %(epoch)s,
                     ttl_until = CASE WHEN %(to)s = 'new'
                         THEN clock_timestamp() + make_interval(secs => ttl_s) END
                 WHERE id = %(id)s
                 """,
-                {"to": to.value, "epoch": epoch, "id": id_},
+                {
+                    "to": to.value,
+                    "authority": (RULES[to].authority or one.authority).value,
+                    "epoch": epoch,
+                    "id": id_,
+                },
             )
             _audit(
                 connection,
@@ -732,8 +742,8 @@ class TopologyCheckpoints:
 
 
 _RESHARDING = """
-SELECT id, shard_set, old, new, state, epoch, plan, facts, begun_at, ttl_s, ttl_until, outcome,
-       ended_at, attempt, holder, step
+SELECT id, shard_set, old, new, state, authority, epoch, plan, facts, begun_at, ttl_s, ttl_until,
+       outcome, ended_at, attempt, holder, step
 FROM topology.resharding
 """
 
@@ -745,6 +755,7 @@ def _resharding(row: Mapping[str, Any]) -> Resharding:
         old=ShardSet.from_document(row["old"]),
         new=ShardSet.from_document(row["new"]),
         state=ShardState(row["state"]),
+        authority=Owner(row["authority"]),
         epoch=row["epoch"],
         plan=row["plan"],
         facts=row["facts"],

@@ -18,6 +18,8 @@ CREATE TABLE topology.resharding (
     old           jsonb NOT NULL,
     new           jsonb NOT NULL,
     state         text NOT NULL DEFAULT 'old',
+    authority     text NOT NULL DEFAULT 'old' CHECK (authority IN ('old', 'new')),
+                                              -- whose values count; switching: until now
     epoch         bigint NOT NULL,            -- the set's, since the last change
     attempt       integer NOT NULL DEFAULT 0, -- the lease: the newest controller's number
     holder        text,
@@ -33,7 +35,10 @@ CREATE TABLE topology.resharding (
     ended_at      timestamptz,
     CHECK ((outcome IS NULL) = (ended_at IS NULL)),
     CHECK (outcome IS NULL OR state = CASE outcome WHEN 'completed' THEN 'new' ELSE 'old' END),
-    CHECK (state <> 'new' OR ttl_until IS NOT NULL)
+    CHECK (state <> 'new' OR ttl_until IS NOT NULL),
+    CHECK (authority = CASE WHEN state IN ('old', 'dual_write_read_old') THEN 'old'
+                            WHEN state IN ('dual_write_read_new', 'new') THEN 'new'
+                            ELSE authority END)
 );
 CREATE UNIQUE INDEX resharding_one_live ON topology.resharding (shard_set) WHERE outcome IS NULL;
 
@@ -125,6 +130,10 @@ BEGIN
         RAISE EXCEPTION 're-sharding % cannot go from % to %', OLD.id, OLD.state, NEW.state
             USING ERRCODE = 'integrity_constraint_violation';
     END IF;
+    IF NEW.state = 'switching' AND NEW.authority <> OLD.authority THEN
+        RAISE EXCEPTION 're-sharding % cannot change sides in the middle', OLD.id
+            USING ERRCODE = 'integrity_constraint_violation';
+    END IF;
     RETURN NEW;
 END
 $$;
@@ -200,7 +209,8 @@ BEGIN
                 clock_timestamp() - make_interval(secs => least(greatest(window_s, 0), 3600)),
                 clock_timestamp(), client_figures);
     END IF;
-    SELECT jsonb_build_object('id', r.id, 'state', r.state, 'new', r.new) INTO answer
+    SELECT jsonb_build_object('id', r.id, 'state', r.state, 'authority', r.authority,
+                              'new', r.new) INTO answer
     FROM resharding AS r WHERE r.shard_set = set_name AND r.outcome IS NULL;
     RETURN jsonb_build_object('epoch', one.epoch, 'set', one.document, 'resharding', answer);
 END
