@@ -611,6 +611,21 @@ def test_clean_up_keeps_what_the_new_owner_does_not_have(shards: Shards) -> None
     assert told[-1].done == cleaned.removed
     again = cleanup(made, "shard-0", shards.source, fence=3)
     assert (again.removed, again.kept) == (0, 3)
+    forced = cleanup(made, "shard-0", shards.source, fence=4, delete_kept=True)
+    assert (forced.deleted, forced.kept) == (3, 0)
+    assert set(held(shards, 0)) == stay
+
+
+def test_clean_up_does_not_delete_the_last_copies_of_what_a_shard_has_lost(
+    shards: Shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(shards, THREE, 2000)
+    made = plan(THREE, FOUR, shards.source)
+    before = held(shards, 0)
+    monkeypatch.setattr("cellferry.shards.cleanup._FEW", 50)
+    with pytest.raises(Blocked, match="last copies"):
+        cleanup(made, "shard-0", shards.source, fence=1, delete_kept=True)
+    assert held(shards, 0) == before
 
 
 # --- pace -------------------------------------------------------------------------------------

@@ -1,24 +1,28 @@
 """Removes moved keys from their old owner, once nobody looks for them there any more.
 
 A key goes only when it exists at its new owner, or when its own time is over. What the new owner
-does not have is kept and named: a client deleted it since, or it was lost; a person decides.
+does not have is kept and named: a client deleted it since, or it was lost; a person decides
+(`delete_kept`).
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
 
+from cellferry.errors import Blocked
 from cellferry.settings import ConnectionSource
 from cellferry.shards.lanes import Lanes
 from cellferry.shards.plan import Plan
 from cellferry.shards.progress import Check, Report
-from cellferry.shards.sides import Side, open_side
+from cellferry.shards.sides import Lane, Side, open_side
 from cellferry.stores.throttle import Throttle
 
 NAMES = 100
 """Kept keys that are named."""
+_FEW = 1000
+"""So many keys are no sign that a server has lost its data."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class CleanupResult:
         removed: keys that exist at their new owner, and are gone here.
         expired: keys whose time was over and that still took room here.
         kept: keys that the new owner does not have; `kept_names` are some of them.
+        deleted: such keys that were removed all the same, as was asked.
         seconds: how long it took.
     """
 
@@ -38,6 +43,7 @@ class CleanupResult:
     expired: int
     kept: int
     kept_names: list[str]
+    deleted: int
     seconds: float
 
     def document(self) -> dict[str, Any]:
@@ -52,6 +58,7 @@ def cleanup(
     *,
     fence: int,
     batch: int = 1000,
+    delete_kept: bool = False,
     throttle: Throttle | None = None,
     progress: Report | None = None,
     check: Check | None = None,
@@ -63,58 +70,129 @@ def cleanup(
     Args:
         fence: rises with every lease of the set; see `sides`.
         batch: keys that are removed together.
+        delete_kept: remove in the end also what the new owner does not have.
         throttle: in removed keys a second.
 
     Raises:
         LeaseLost: a newer step moves these keys.
+        Blocked: `delete_kept`, and the new owner has so little that it seems to have lost its data.
     """
     began = time.monotonic()
-    throttle = throttle or Throttle(None)
-    removed = kept = 0
-    names: list[str] = []
-    removers: dict[str, Side] = {}
-    with Lanes(plan, shard, source, fence=None, progress=progress, check=check) as lanes:
+    with (
+        Lanes(plan, shard, source, fence=None, progress=progress, check=check) as lanes,
+        _Removers(lanes, source, fence) as removers,
+    ):
+        work = _Cleanup(lanes, removers, batch, throttle or Throttle(None))
+        work.remove_moved()
+        if delete_kept:
+            work.delete_kept()
+        expired = work.purge()
+        lanes.origin.tidy()
+        lanes.reporter.tell("cleanup", work.removed, work.removed, final=True)
+        kept = [key for keys in work.kept.values() for key in keys]
+        return CleanupResult(
+            shard=shard,
+            removed=work.removed,
+            expired=expired,
+            kept=len(kept),
+            kept_names=[key.decode("utf-8", "backslashreplace") for key in kept[:NAMES]],
+            deleted=work.deleted,
+            seconds=time.monotonic() - began,
+        )
+
+
+class _Removers(dict[str, Side]):
+    """A writer at the source for each lane: whoever takes a lane over can end it by its name."""
+
+    def __init__(self, lanes: Lanes, source: ConnectionSource, fence: int) -> None:
+        super().__init__()
         try:
             for name, target in lanes.targets.items():
-                lane = plan.lane(shard, name)
+                lane: Lane = lanes.plan.lane(lanes.shard, name)
                 target.take_over(lane, fence, writes=False)
-                # one writer a lane: whoever takes a lane over can end it by its name
-                removers[name] = open_side(plan.origin, shard, source)
-                removers[name].take_over(lane, fence, writes=True)
-            for page in lanes.origin.scan(count=max(batch, 100)):
-                for name, keys in lanes.moved(page.keys).items():
-                    there = lanes.targets[name].exist(keys)
-                    gone = [key for key, exists in zip(keys, there, strict=True) if exists]
-                    missing = [key for key, exists in zip(keys, there, strict=True) if not exists]
-                    if missing:  # it may have expired meanwhile, here too
-                        here = lanes.origin.exist(missing)
-                        missing = [k for k, exists in zip(missing, here, strict=True) if exists]
-                    kept += len(missing)
-                    names += [
-                        key.decode("utf-8", "backslashreplace")
-                        for key in missing[: NAMES - len(names)]
-                    ]
-                    for start in range(0, len(gone), batch):
-                        some = gone[start : start + batch]
-                        throttle.take(len(some), while_waiting=lanes.reporter.check)
-                        removed += removers[name].remove(some)
-                        lanes.reporter.check()
-                lanes.reporter.tell("cleanup", removed, plan.keys_from(shard))
-            expired = _purge(lanes, removers, batch, throttle)
-            lanes.origin.tidy()
-        finally:
-            for side in removers.values():
-                side.close()
-        lanes.reporter.tell("cleanup", removed, removed, final=True)
-    return CleanupResult(shard, removed, expired, kept, names, time.monotonic() - began)
+                self[name] = open_side(lanes.plan.origin, lanes.shard, source)
+                self[name].take_over(lane, fence, writes=True)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close them all."""
+        for side in self.values():
+            side.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-def _purge(lanes: Lanes, removers: dict[str, Side], batch: int, throttle: Throttle) -> int:
-    """Remove expired keys that the server itself does not remove."""
-    expired = 0
-    for side in list(removers.values())[:1]:
-        while count := side.purge(batch):
-            expired += count
-            throttle.take(count, while_waiting=lanes.reporter.check)
+@dataclass
+class _Cleanup:
+    lanes: Lanes
+    removers: _Removers
+    batch: int
+    throttle: Throttle
+    removed: int = 0
+    deleted: int = 0
+    kept: dict[str, list[bytes]] = field(default_factory=dict)
+    """By destination: keys that it does not have."""
+
+    def remove_moved(self) -> None:
+        """Remove every key that its new owner has."""
+        lanes = self.lanes
+        expected = lanes.plan.keys_from(lanes.shard)
+        for page in lanes.origin.scan(count=max(self.batch, 100)):
+            for name, keys in lanes.moved(page.keys).items():
+                there = lanes.targets[name].exist(keys)
+                pairs = list(zip(keys, there, strict=True))
+                self.removed += self._remove(name, [key for key, exists in pairs if exists])
+                self._keep(name, [key for key, exists in pairs if not exists])
+            lanes.reporter.tell("cleanup", self.removed, max(expected, self.removed))
             lanes.reporter.check()
-    return expired
+
+    def delete_kept(self) -> None:
+        """Remove what was kept, if that is not suspiciously much."""
+        for name, keys in self.kept.items():
+            if len(keys) > _FEW and len(keys) > self._held(name):
+                raise Blocked(
+                    f"shard {name} does not have {len(keys)} keys of shard {self.lanes.shard},"
+                    " more than it has of them",
+                    hint="look whether it lost its data: these are the last copies",
+                    where=f"shard {self.lanes.shard}",
+                )
+        for name, keys in self.kept.items():
+            self.deleted += self._remove(name, keys)
+        self.kept = {}
+
+    def purge(self) -> int:
+        """Remove expired keys that the server itself does not remove; return how many it were."""
+        expired = 0
+        for side in list(self.removers.values())[:1]:
+            while count := side.purge(self.batch):
+                expired += count
+                self.throttle.take(count, while_waiting=self.lanes.reporter.check)
+                self.lanes.reporter.check()
+        return expired
+
+    def _remove(self, name: str, keys: list[bytes]) -> int:
+        count = 0
+        for start in range(0, len(keys), self.batch):
+            some = keys[start : start + self.batch]
+            self.throttle.take(len(some), while_waiting=self.lanes.reporter.check)
+            count += self.removers[name].remove(some)
+            self.lanes.reporter.check()
+        return count
+
+    def _keep(self, name: str, keys: list[bytes]) -> None:
+        """Keep those that have not expired here too meanwhile."""
+        if keys:
+            here = self.lanes.origin.exist(keys)
+            missing = [key for key, exists in zip(keys, here, strict=True) if exists]
+            self.kept.setdefault(name, []).extend(missing)
+
+    def _held(self, name: str) -> int:
+        """Count the keys that came to `name` from this shard."""
+        pages = self.lanes.targets[name].scan()
+        return sum(len(self.lanes.moved(page.keys).get(name, ())) for page in pages)
