@@ -321,6 +321,14 @@ def test_a_killed_client_holds_nothing_up_for_longer_than_its_lease(
     assert shard_world.control.clients("dedup") == []
 
 
+def test_clients_speak_up_when_they_are_asked_to(
+    store: ShardedStore, shard_world: ShardWorld
+) -> None:
+    with shard_world.store("slow", lease_s=300):
+        shard_world.control.wait_heard(shard_world.begin().id, 30)
+        assert [one.name for one in shard_world.control.clients("dedup")] == ["client", "slow"]
+
+
 def test_a_stale_copy_at_the_other_owner_costs_nobody_an_id(
     store: ShardedStore, shard_world: ShardWorld
 ) -> None:

@@ -201,6 +201,22 @@ def test_a_silent_client_is_passed_over_and_has_to_begin_anew(
     assert "client passed over" in [one.action for one in control.audit("dedup")]
 
 
+def test_one_that_died_after_it_had_acknowledged_is_passed_over_before_others_wait(
+    control: ShardControl, begun: Resharding, fresh_database: str
+) -> None:
+    dead, alive = uuid.uuid4(), uuid.uuid4()
+    confirm(fresh_database, dead, None, lease_s=0.5)
+    confirm(fresh_database, alive, None, lease_s=60)
+    control.wait_acknowledged(begun.id, 0)
+    with pytest.raises(ClientsBehind, match="not given a sign of life after") as caught:
+        control.wait_heard(begun.id, 0)
+    assert len(caught.value.names) == 2
+    control.wait_heard(
+        begun.id, 60, while_waiting=lambda: confirm(fresh_database, alive, 2, lease_s=60) and None
+    )
+    assert [one.session for one in control.clients("dedup")] == [alive]
+
+
 def test_a_client_that_speaks_is_not_passed_over_however_long_it_lags(
     control: ShardControl, begun: Resharding, fresh_database: str
 ) -> None:

@@ -231,9 +231,10 @@ class ShardedStore:
         def decide(view: View, way: Way, key: bytes) -> bool | None:
             was_held = False
             # Where a claim begins is freed last: the other way round, somebody could win there and
-            # be refused by what is still at the other owner.
+            # be refused by what is still at the other owner. While the shards switch, the copier
+            # may put it back there in between, and end.
             first = way.rule.claims[0]
-            for owner in (first.other, first):
+            for owner in (first.other, first, *way.rule.claims[1:]):
                 if owner in way.rule.claims:
                     with self._server(view, way.connections[owner]) as server:
                         was_held |= server.delete(key, token=token)

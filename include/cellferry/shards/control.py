@@ -50,6 +50,9 @@ SHARDS_CHANNEL = "cellferry_shards"
 #: How often a controller looks who has acknowledged, in seconds.
 _LOOK_EVERY_S = 0.02
 
+_ACKNOWLEDGED = "acknowledged the present state"
+_HEARD = "given a sign of life"
+
 OUTCOMES: Mapping[str, ShardState] = {
     "completed": ShardState.NEW,
     "aborted": ShardState.OLD,
@@ -598,18 +601,33 @@ class ShardControl:
         Raises:
             ClientsBehind: some had not after `timeout_s` seconds; names them.
         """
-        begun = now_s()
-        while True:
-            name, behind = self._behind(id_)
-            looked = now_s()
-            behind = [one for one in behind if not self._pass_over(id_, name, one, looked)]
-            if not behind:
-                return
-            if looked - begun >= timeout_s:
-                raise _behind_error(name, behind, f" after {looked - begun:.1f} s")
-            if while_waiting is not None:
-                while_waiting()
-            time.sleep(_LOOK_EVERY_S)
+        self._wait_for(id_, lambda one: one.is_behind, _ACKNOWLEDGED, timeout_s, while_waiting)
+
+    def wait_heard(
+        self, id_: int, timeout_s: float, *, while_waiting: Callable[[], None] | None = None
+    ) -> None:
+        """Wait until every client has given a sign of life since this call.
+
+        Before a state in which clients wait: one that died long ago is passed over here, as in
+        `wait_acknowledged`, and not while the others wait.
+
+        Args:
+            while_waiting: called now and then; what it raises ends the wait.
+
+        Raises:
+            ClientsBehind: some had not after `timeout_s` seconds; names them.
+        """
+
+        def ask(connection: psycopg.Connection[Any]) -> dict[uuid.UUID, int]:
+            name = _load(connection, id_).set_name
+            beats = {one.session: one.beat for one in _clients(connection, name)}
+            connection.execute("SELECT pg_notify(%s, %s)", [SHARDS_CHANNEL, name])
+            return beats
+
+        before = self._database.run(ask)
+        self._wait_for(
+            id_, lambda one: before.get(one.session) == one.beat, _HEARD, timeout_s, while_waiting
+        )
 
     def figures(
         self,
@@ -684,12 +702,30 @@ class ShardControl:
             )
         _check(connection, lease, lock=True)
 
-    def _behind(self, id_: int) -> tuple[str, list[RegisteredClient]]:
-        def work(connection: psycopg.Connection[Any]) -> tuple[str, list[RegisteredClient]]:
+    def _wait_for(
+        self,
+        id_: int,
+        is_awaited: Callable[[RegisteredClient], bool],
+        what: str,
+        timeout_s: float,
+        while_waiting: Callable[[], None] | None,
+    ) -> None:
+        def look(connection: psycopg.Connection[Any]) -> tuple[str, list[RegisteredClient]]:
             name = _load(connection, id_).set_name
-            return name, [one for one in _clients(connection, name) if one.is_behind]
+            return name, [one for one in _clients(connection, name) if is_awaited(one)]
 
-        return self._database.run(work)
+        begun = now_s()
+        while True:
+            name, found = self._database.run(look)
+            looked = now_s()
+            awaited = [one for one in found if not self._pass_over(id_, name, one, looked)]
+            if not awaited:
+                return
+            if looked - begun >= timeout_s:
+                raise _behind_error(name, awaited, f"{what} after {looked - begun:.1f} s")
+            if while_waiting is not None:
+                while_waiting()
+            time.sleep(_LOOK_EVERY_S)
 
     def _pass_over(self, id_: int, name: str, client: RegisteredClient, looked: float) -> bool:
         """Take a client's row away if it was silent for its lease; whether it was."""
@@ -817,7 +853,7 @@ def _raise_epoch(
     """Raise a locked set's epoch, after everybody has acknowledged this one; return the new."""
     behind = [one for one in _clients(connection, name) if one.is_behind]
     if behind:
-        raise _behind_error(name, behind)
+        raise _behind_error(name, behind, _ACKNOWLEDGED)
     connection.execute(
         """
         UPDATE topology.shard_set
@@ -862,11 +898,11 @@ def _clients(connection: psycopg.Connection[Any], name: str) -> list[RegisteredC
     return [RegisteredClient(*row) for row in rows]
 
 
-def _behind_error(name: str, behind: Sequence[RegisteredClient], after: str = "") -> ClientsBehind:
-    who = ", ".join(f"{one.name} (last heard of {one.silent_s:.1f} s ago)" for one in behind)
+def _behind_error(name: str, awaited: Sequence[RegisteredClient], what: str) -> ClientsBehind:
+    who = ", ".join(f"{one.name} (last heard of {one.silent_s:.1f} s ago)" for one in awaited)
     return ClientsBehind(
-        f"{len(behind)} client(s) have not acknowledged the present state{after}: {who}",
-        [one.name for one in behind],
+        f"{len(awaited)} client(s) have not {what}: {who}",
+        [one.name for one in awaited],
         hint="wait; a client that is gone is passed over when its lease has run out",
         where=f"shard set {name}",
     )
