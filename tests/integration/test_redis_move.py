@@ -431,8 +431,11 @@ def test_a_gate_survives_a_killed_server(own_valkey: MakeValkey) -> None:
         provision(server)
     with attempt(servers) as redis_move:
         redis_move.open_capture()
+        redis_move.copy()
+        redis_move.catch_up()
         time.sleep(1.2)  # appendfsync everysec
         redis_move.freeze(5.0)
+        redis_move.finish()
         servers.source.kill()
         servers.source.start()
         with (

@@ -41,6 +41,9 @@ HEALTH_KEYS: Mapping[str, str] = {
     "airflow-dag-processor": "dag_processor",
 }
 ADMIN = "admin"
+#: In production Airflow has machines of its own. Here every task that starts costs seconds of a
+#: processor, and the cells, whose clients wait for them, come first.
+GENTLY = ("nice", "-n", "10")
 
 
 def base_url(port: int) -> str:
@@ -212,7 +215,8 @@ class AirflowComponent:
     def start(self) -> None:
         """Start it, without waiting; first end what a killed predecessor left of its children."""
         self._process.kill()
-        command: list[str | Path] = [sys.executable, "-P", "-m", "airflow", *COMMANDS[self.name]]
+        command: list[str | Path] = [*GENTLY, sys.executable, "-P", "-m", "airflow"]
+        command += COMMANDS[self.name]
         if self.name == API_SERVER:
             command += ["--port", str(self.port)]
         self._process.start(

@@ -253,7 +253,7 @@ class StoreMove(ABC):
 
     @abstractmethod
     def freeze(self, deadline_s: float) -> None:
-        """Gate writers at the source and drain those in flight; durable when it returns.
+        """Gate writers at the source and drain those in flight; durable when `finish` returns.
 
         Writers that arrive wait (where the store can) or are refused with "try again". Only this
         organization notices.

@@ -8,6 +8,7 @@ when a store says so.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -98,6 +99,15 @@ class Session:
         """Return a new operation id."""
         self._number += 1
         return f"{self.name}.{self._number}"
+
+    def warm_up(self) -> None:
+        """Connect to every cell, as a pool for each would: the first write after a move waits less.
+
+        A cell that does not answer is left for later.
+        """
+        for cell in self.urls:
+            with contextlib.suppress(NotCommitted):
+                self._connect(cell)
 
     def close(self) -> None:
         """Close all connections."""

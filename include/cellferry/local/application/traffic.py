@@ -46,6 +46,7 @@ class Writer:
 
     def run(self, rate: float, stop: threading.Event) -> None:
         """Do `rate` writes a second; after a wait it catches up for a moment, no more."""
+        self.session.warm_up()
         chance = self.session.random
         due = time.monotonic() + chance.random() / rate
         while not stop.is_set():

@@ -238,7 +238,7 @@ class Gate:
         return self._required_marker(self._change(decide))
 
     def freeze(self) -> Marker:
-        """Source: `frozen`; the application's user may only read. Durable when it returns.
+        """Source: `frozen`; the application's user may only read. `keep_rules` makes it durable.
 
         Raises:
             WrongState: the gate is neither open nor frozen by this migration.
@@ -257,8 +257,11 @@ class Gate:
         _ = self.unstoppable  # asked before anybody is stopped
         marker = self._required_marker(self._change(decide, saves=False))
         self._end_blocked_clients()
-        acl_users.save(self.admin)
         return marker
+
+    def keep_rules(self) -> None:
+        """Write what every user may do to the server's disk; no flip may come before this."""
+        acl_users.save(self.admin)
 
     def thaw(self) -> None:
         """Source, before the flip: open again with the original rules.

@@ -474,7 +474,7 @@ class RedisMove(base.StoreMove):
 
     @_verb
     def freeze(self, deadline_s: float) -> None:
-        """Make the application's user read-only at the source, at once and durably.
+        """Make the application's user read-only at the source, at once; `finish` makes it durable.
 
         The server runs one command at a time, so nobody has to drain: a transaction or a script
         is over or has not begun. Clients that wait in a blocking command are disconnected.
@@ -501,6 +501,7 @@ class RedisMove(base.StoreMove):
                 organization=self.move.organization.id,
                 where=_where(self.move.source),
             )
+        self._gate(Side.SOURCE).keep_rules()  # here, where other stores are at work beside it
         self._require_importing()
         run_id = self._know_destination()  # before anything is written there
         found = self._finish(started)
