@@ -19,6 +19,7 @@ import click
 
 from cellferry import __version__
 from cellferry.errors import CellferryError, InvalidInput, WrongState
+from cellferry.shards.cli import reshard
 
 if TYPE_CHECKING:
     from cellferry.migration import Context, ProgressEvent
@@ -30,7 +31,7 @@ _ORDER = [
     *("plan", "move", "status", "abort", "roll-back", "cleanup"),
     *("pause", "resume", "halts", "halt", "clear-halt", "reap"),
     *("copy", "sync", "verify", "cutover", "soak"),
-    *("map", "prepare-cell", "topology", "evidence"),
+    *("map", "prepare-cell", "topology", "evidence", "reshard"),
 ]
 
 
@@ -86,6 +87,9 @@ class _Cli(click.Group):
 def main(ctx: click.Context, config: Path | None) -> None:
     """Move organizations between the cells of a SaaS product while they keep working."""
     ctx.obj = config
+
+
+main.add_command(reshard)  # what it needs is imported when it is used
 
 
 def _json_option(command: Command) -> Command:
