@@ -394,26 +394,30 @@ def test_in_the_same_order_the_protocol_accepts_each_id_once(
             assert offered_during_a_rolling_restart(ids, before, after) == []
 
 
-def test_many_clients_through_all_states_and_back(
-    shard_world: ShardWorld, client_process: MakeClient
-) -> None:
-    """Threads of several clients are offered the same ids; the counters add up."""
+def test_many_clients_change_sides_and_back_under_load(shard_world: ShardWorld) -> None:
+    """Claims, releases and counters of several clients, and the real followers."""
     ids = [b"id-%d" % number for number in range(100_000)]
     counters = shard_world.moved_ids(3, start=500_000)
-    taken: dict[bytes, list[str]] = {}
+    taken: dict[bytes, list[int]] = {}
     counted = [0] * 4
+    refused: list[bytes] = []
     stopping = threading.Event()
     troubles: list[BaseException] = []
 
     def work(name: int, store: ShardedStore, position: list[int]) -> None:
         try:
             while not stopping.is_set():
-                id_ = ids[position[0]]
-                claim = store.claim(id_, 600)
+                number = position[0]
+                claim = store.claim(ids[number], 600)
                 if claim.accepted:
-                    taken.setdefault(id_, []).append(f"client {name}")
-                store.increment(counters[position[0] % 3])
+                    taken.setdefault(ids[number], []).append(name)
+                store.increment(counters[number % 3])
                 counted[name] += 1
+                own = b"own-%d-%d" % (name, number % 10)
+                mine = store.claim(own, 600)
+                if not mine.accepted:
+                    refused.append(own)
+                store.release(own, mine.token)
                 position[0] += 1
         except BaseException as error:
             troubles.append(error)
@@ -429,18 +433,22 @@ def test_many_clients_through_all_states_and_back(
         for thread in threads:
             thread.start()
         shard_world.begin()
-        for state in (*ORDER[1:], *reversed(ORDER[:-1])):
-            time.sleep(0.15)
-            shard_world.go_until(state)
+        for _ in range(2):
+            shard_world.go_until(ShardState.DUAL_READ_OLD)
+            shard_world.switch()
+            shard_world.go(ShardState.NEW)
+            shard_world.go(ShardState.DUAL_READ_NEW)
+            shard_world.switch()
+            shard_world.go(ShardState.OLD)
         stopping.set()
         for thread in threads:
             thread.join(60)
         assert not troubles
-        furthest = max(position[0] for position in positions)
-        assert furthest > 50
+        assert max(position[0] for position in positions) > 50
         assert [id_ for id_, who in taken.items() if len(who) > 1] == []
         behind = min(position[0] for position in positions)
         assert [id_ for id_ in ids[:behind] if id_ not in taken] == [], "wrongly refused"
+        assert refused == [], "given back, and refused all the same"
         total = sum(int(stores[0].get(one) or 0) for one in counters)
         assert total == sum(counted)
 
