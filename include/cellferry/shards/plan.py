@@ -438,6 +438,8 @@ def plan(
         Unreachable, AccessDenied: of a shard, which it names.
     """
     _check_sets(old, new, throttle_keys_s, headroom)
+    if sample is not None and sample < 1:
+        raise InvalidInput(f"a sample of {sample} keys", hint="give a number from 1, or none")
     check_servers((old, new), source)
     pairs = lanes(old, new)
     draft = Plan(old, new, tuple(Pair(a, b) for a, b in pairs))
