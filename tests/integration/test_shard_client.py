@@ -7,17 +7,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 
 import psycopg
 import pytest
 
 from cellferry.errors import InvalidInput, OutcomeUnknown
 from cellferry.shards.client import Claim, ClaimUndecided, ShardedStore
-from cellferry.shards.control import ClientsBehind
+from cellferry.shards.control import ClientsBehind, ShardControl
 from cellferry.shards.membership import Unavailable
+from cellferry.shards.postgres_server import QUERIES
 from cellferry.shards.states import ORDER, RULES, Owner, ShardState
+from fixtures.postgres import FreshDatabases
 from fixtures.severed_network import SeveredNetwork
-from fixtures.shards import PREFIX, ClientProcess, ShardWorld, ring
+from fixtures.shards import ACTOR, PREFIX, ClientProcess, ShardWorld, ring
 
 MakeClient = Callable[..., ClientProcess]
 
@@ -363,10 +366,6 @@ def offered_during_a_rolling_restart(
 
 def test_the_runbooks_cutover_accepts_ids_twice(shard_world: ShardWorld) -> None:
     """The ring changes and dual writing ends in one rolling restart: two sets, nobody waits."""
-    from dataclasses import replace
-
-    from fixtures.shards import ACTOR
-
     after_restart = replace(ring(4), name="restarted")
     shard_world.control.register_set(after_restart, ACTOR)
     ids = shard_world.moved_ids(20)
@@ -451,6 +450,39 @@ def test_many_clients_change_sides_and_back_under_load(shard_world: ShardWorld) 
         assert refused == [], "given back, and refused all the same"
         total = sum(int(stores[0].get(one) or 0) for one in counters)
         assert total == sum(counted)
+
+
+def test_shards_in_postgresql_are_followed_alike(
+    fresh_databases: Callable[[], FreshDatabases], fresh_database: str
+) -> None:
+    one, two = fresh_databases(), fresh_databases()
+    urls = {"dedup-0": one.source, "dedup-1": one.destination, "dedup-2": two.source}
+    for url in urls.values():
+        with psycopg.connect(url) as connection:
+            connection.execute(QUERIES["table"])
+    with ShardControl(fresh_database) as control:
+        control.install()
+        control.register_set(ring(2, "postgres"), ACTOR)
+        world = ShardWorld(control, fresh_database, urls)
+        with world.store() as store:
+            claims = {b"id-%d" % number: store.claim(b"id-%d" % number, 60) for number in range(30)}
+            assert all(claim.accepted for claim in claims.values())
+            control.begin("dedup", ring(3, "postgres"), {}, ACTOR, ttl_s=0)
+            for change in (
+                lambda: world.go(ShardState.DUAL_READ_OLD),
+                world.switch,
+                lambda: world.go(ShardState.NEW),
+                lambda: world.go(ShardState.DUAL_READ_NEW),
+                world.switch,
+                lambda: world.go(ShardState.OLD),
+            ):
+                change()
+                counted = {store.increment(b"n-%d" % number) for number in range(30)}
+                assert len(counted) == 1
+                for id_, claim in claims.items():
+                    assert not store.claim(id_, 60).accepted
+                    assert store.claim(id_, 60, token=claim.token).accepted
+            assert counted == {6}
 
 
 # -- without the topology

@@ -15,6 +15,7 @@ import pytest
 
 from cellferry.errors import InvalidInput, PermanentError, WrongState
 from cellferry.model import Actor
+from cellferry.shards import control as control_module
 from cellferry.shards.control import ClientsBehind, Resharding, ShardControl, TakenOver
 from cellferry.shards.placement import Ring, Shard
 from cellferry.shards.settings import ShardSet
@@ -229,6 +230,31 @@ def test_a_client_that_speaks_is_not_passed_over_however_long_it_lags(
 
     with pytest.raises(ClientsBehind):
         control.wait_acknowledged(begun.id, 1.5, while_waiting=speak)
+
+
+def test_one_that_speaks_at_the_last_moment_is_not_passed_over(
+    control: ShardControl,
+    begun: Resharding,
+    fresh_database: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Between the controller's look at its row and what follows from it."""
+    session = uuid.uuid4()
+    confirm(fresh_database, session, None, lease_s=10)
+    go(control, begun.id, ShardState.OLD, ShardState.DUAL_READ_OLD)
+    asked: list[float] = []
+
+    def later() -> float:
+        asked.append(20.0 * len(asked))
+        if len(asked) == 3:  # begun; first look; second look
+            confirm(fresh_database, session, 2, lease_s=10)
+        return asked[-1]
+
+    monkeypatch.setattr(control_module, "now_s", later)
+    with pytest.raises(ClientsBehind):
+        control.wait_acknowledged(begun.id, 40)
+    assert len(asked) == 3
+    assert len(control.clients("dedup")) == 1
 
 
 def test_without_a_lease_nothing_is_changed(control: ShardControl, begun: Resharding) -> None:
