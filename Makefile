@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: docs-check lock-check help venv demo test test-fault lint fleet-up fleet-down fleet-status lock docs clean
+.PHONY: docs-check lock-check help venv demo test test-fault test-soak lint fleet-up fleet-down fleet-status lock docs clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -43,6 +43,10 @@ test: venv ## every test, on real servers
 test-fault: venv ## the whole kill matrix: SEED=, ONLY='text;text', JOBS=, SABOTAGE=
 	@$(BIN)/python -m tests.fault.matrix $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only '$(ONLY)') \
 		$(if $(JOBS),--jobs $(JOBS)) $(if $(SABOTAGE),--sabotage '$(SABOTAGE)')
+
+test-soak: venv ## random faults for a while: MINUTES= (30), SEED=, SABOTAGE=
+	@$(BIN)/python -m tests.fault.soak $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) \
+		$(if $(SABOTAGE),--sabotage '$(SABOTAGE)')
 
 demo: venv ## from nothing to the report
 	@$(BIN)/python -m cellferry.local.demo

@@ -36,7 +36,8 @@ class Fault(ABC):
 
     name: str
     through_proxies: bool = False
-    needs_standby: bool = False
+    standby_of: str | None = None
+    """The cell, or `topology`, whose PostgreSQL must have a standby."""
 
     @abstractmethod
     def strike(self, world: World, step: StepProcess, say: Say) -> None:
@@ -95,11 +96,11 @@ class KillServer(Fault):
 
 @dataclass(frozen=True)
 class Promote(Fault):
-    """The source's PostgreSQL dies for good; its synchronous standby becomes the primary."""
+    """A PostgreSQL dies for good; its synchronous standby becomes the primary."""
 
     def strike(self, world: World, step: StepProcess, say: Say) -> None:
         world.fail_over()
-        say("cell-1 postgres was killed (SIGKILL) and its standby promoted")
+        say(f"{self.standby_of} postgres was killed (SIGKILL) and its standby promoted")
         step.go()
         say(f"the step ended: {step.wait_end(STEP_ENDS_S)}")
 
@@ -192,5 +193,7 @@ FAULTS: Sequence[Fault] = (
     Hole("hole destination", through_proxies=True, place="cell-2"),
     Hole("hole topology", through_proxies=True, place="topology"),
     DiskFull("disk full"),
-    Promote("promote standby", needs_standby=True),
+    Promote("promote source standby", standby_of="cell-1"),
+    Promote("promote destination standby", standby_of="cell-2"),
+    Promote("promote topology standby", standby_of="topology"),
 )

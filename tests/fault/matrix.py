@@ -63,7 +63,7 @@ def play(todo: Sequence[Scenario], jobs: int, *, sabotage: str | None = None) ->
     # In any order, so that a run that is ended early says something of everything; worlds with a
     # standby last for one scenario and come last.
     order = random.Random(todo[0].seed if todo else 0).sample(list(todo), len(todo))
-    for one in sorted(order, key=lambda one: one.fault.needs_standby):
+    for one in sorted(order, key=lambda one: one.fault.standby_of or ""):
         tasks.put((one.name, one.seed))
     jobs = max(1, min(jobs, len(todo)))
     for _ in range(jobs):
@@ -114,12 +114,12 @@ def _work(tasks: Any, results: Any, sabotage: str | None) -> None:
         while (task := tasks.get()) is not None:
             name, seed = task
             scenario = next(one for one in scenarios(seed) if one.name == name)
-            fails_over = scenario.fault.needs_standby
+            fails_over = scenario.fault.standby_of is not None
             if world is not None and (played >= _WORLD_LASTS or fails_over):
                 world.close()
                 world, played = None, 0
             try:
-                world = world or World(sabotage=sabotage, with_standby=fails_over)
+                world = world or World(sabotage=sabotage, standby_of=scenario.fault.standby_of)
                 outcome = run(world, scenario)
             except Exception:
                 outcome = Outcome(

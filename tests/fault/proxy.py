@@ -56,9 +56,13 @@ class Proxy:
         """Cut the next connection that commits, when the server has the commit."""
         self._loses_answer = True
 
+    def lose_no_answer(self) -> None:
+        """Take `lose_answer` back, if nothing was lost yet."""
+        self._loses_answer = False
+
     def heal(self) -> None:
         """Be a plain network again."""
-        self._loses_answer = False
+        self.lose_no_answer()
         self.let_go()
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from tests.fault.stepper import Ended, Silent, StepProcess
 from tests.fault.world import CELLS, Cast, World, Writers, longest_gap
 
 from cellferry.migration.barrier import HAND_OVER_FOR_S
-from cellferry.model import BEFORE_FLIP, LIVE_STATES, Migration, State
+from cellferry.model import BEFORE_FLIP, LIVE_STATES, Actor, Migration, State
 from cellferry.phases import Phase
 from cellferry.topology.audit import AuditEntry
 
@@ -30,6 +30,7 @@ NOT_WRITABLE_S = 30.0
 #: The same when only the reaper acts. A step that hangs says that it lives for as long as a
 #: barrier may take: the drains, the freeze, the hand-over.
 REAPED_S = 2 * 5.0 + 10.0 + HAND_OVER_FOR_S + reaper.EXPIRED_AFTER_S + reaper.PERIOD_S + 10.0
+PERSON = Actor("the kill matrix's operator", role="person")
 _STEP_S = 120.0
 _KEEP_TRYING_S = 60.0
 _OPTIONS: Mapping[str, Any] = {
@@ -195,6 +196,43 @@ def scenarios(
     return made
 
 
+def next_step(
+    migration: Migration, live_resources: Callable[[], object], *, goes_back: bool
+) -> str | None:
+    """Return the step that brings a migration on, whatever state it was left in; None at its end.
+
+    Args:
+        live_resources: asked what it still has.
+        goes_back: whether it shall be rolled back once the route is flipped.
+    """
+    match migration.state:
+        case State.PLANNED | State.COPYING:
+            return "copy"
+        case State.SYNCING:
+            is_synced = migration.facts.get("rounds") or migration.strategy == "freeze-first"
+            return "verify" if is_synced else "sync"
+        case State.READY | State.CUTTING_OVER:
+            return "cutover"
+        case State.SOAKING:
+            if not migration.facts.get("handed_over"):
+                return "cutover"
+            return "roll_back" if goes_back else "soak"
+        case State.RETAINED:
+            return "roll_back" if goes_back else "cleanup"
+        case State.ROLLING_BACK:
+            return "roll_back"
+        case State.ROLLED_BACK:
+            if not migration.facts.get("handed_back"):
+                return "roll_back"
+            return "cleanup" if live_resources() else None
+        case State.CLEANING:
+            return "cleanup"
+        case State.ABORTED:
+            return "abort" if live_resources() else None
+        case _:
+            return None
+
+
 class _Run:
     """One run of one scenario."""
 
@@ -208,6 +246,7 @@ class _Run:
         self.migration = 0
         self._begun = time.monotonic()
         self._steps: list[StepProcess] = []
+        self._cleared_halt = False
         # A share goes back after all, so that roll-backs meet what faults left behind.
         self.goes_back = scenario.point.step == "roll_back" or (
             scenario.point.step in {"copy", "sync", "verify", "cutover", "soak"}
@@ -232,7 +271,7 @@ class _Run:
         number = int(cast.moved.id)
         self._writers = writers = Writers(world.directory / "ledger" / f"{number}.jsonl")
         try:
-            writers.start(world, cast, number)
+            writers.start(world, cast.parts, number)
             self._strike()
             self._finish()
             writers.wait_for_writes(3)
@@ -339,9 +378,30 @@ class _Run:
             self.say(f"{step}: {ended}")
             if ended.unexpected:
                 self.fail(f"{step} ended with an error that is not cellferry's: {ended}")
+            if ended.error == "Halted" and self._clear_halt_of_failover():
+                continue
             if ended.ok or not ended.transient or time.monotonic() > deadline:
                 return ended
             time.sleep(0.2)
+
+    def _clear_halt_of_failover(self) -> bool:
+        """Do what the halt asks a person for: a synchronous standby had everything.
+
+        A cell that has authority and was failed over halts the migration; nothing else may. Once:
+        a halt that comes again would be a fault.
+        """
+        if self.scenario.fault.standby_of is None or self._cleared_halt:
+            return False
+        with self.world.context() as context:
+            found = context.topology.halts_on(self.migration)
+            if len(found) != 1 or "may have lost commits" not in found[0].reason:
+                return False
+            context.topology.clear_halt(
+                found[0].scope, found[0].name, "the standby was synchronous", PERSON
+            )
+        self._cleared_halt = True
+        self.say("a person cleared the halt: the standby was synchronous, nothing is lost")
+        return True
 
     def _finish(self) -> None:
         """Drive the migration to its end, whatever state the aftermath left it in."""
@@ -358,32 +418,7 @@ class _Run:
         raise RuntimeError(f"the migration does not end: it is {self._state()}")
 
     def _next_step(self, migration: Migration) -> str | None:
-        match migration.state:
-            case State.PLANNED | State.COPYING:
-                return "copy"
-            case State.SYNCING:
-                is_synced = migration.facts.get("rounds") or migration.strategy == "freeze-first"
-                return "verify" if is_synced else "sync"
-            case State.READY | State.CUTTING_OVER:
-                return "cutover"
-            case State.SOAKING:
-                if not migration.facts.get("handed_over"):
-                    return "cutover"
-                return "roll_back" if self.goes_back else "soak"
-            case State.RETAINED:
-                return "roll_back" if self.goes_back else "cleanup"
-            case State.ROLLING_BACK:
-                return "roll_back"
-            case State.ROLLED_BACK:
-                if not migration.facts.get("handed_back"):
-                    return "roll_back"
-                return "cleanup" if self._live_resources() else None
-            case State.CLEANING:
-                return "cleanup"
-            case State.ABORTED:
-                return "abort" if self._live_resources() else None
-            case _:
-                return None
+        return next_step(migration, self._live_resources, goes_back=self.goes_back)
 
     def _judge(self, cast: Cast, writers: Writers, before: frozenset[str], stopped: float) -> None:
         outcome, world = self.outcome, self.world

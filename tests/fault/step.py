@@ -6,8 +6,9 @@ a process for each request, which is a JSON line::
     {"id": 7, "steps": ["cutover"], "migration": 3, "connections": {"cell-1-postgres": "…", …},
      "halt_at": "barrier: all stores frozen", "nth": 1, "give_up_at": null}
 
-The child connects on its own, says who it is, and at the n-th time it reaches the phase tells the
-harness and waits until it is told to go on. Forking keeps a process cheap: the modules are there.
+`reap` is a step, too; `expired_after_s` is for it. The child connects on its own, says who it is,
+and at the n-th time it reaches the phase tells the harness and waits until it is told to go on.
+Forking keeps a process cheap: the modules are there.
 Every process dies with the harness.
 """
 
@@ -89,8 +90,7 @@ def run(line: Line, config: Path, request: dict[str, Any]) -> None:
         phases.listen(Stop(line, request))
     try:
         with Context.from_settings(loaded, urls.get, actor=ACTOR) as context:
-            for name in request["steps"]:
-                do(context, name, request["migration"])
+            said = [do(context, name, request) for name in request["steps"]]
     except CellferryError as error:
         line.say(
             event="end",
@@ -107,18 +107,23 @@ def run(line: Line, config: Path, request: dict[str, Any]) -> None:
             unexpected=True,
         )
     else:
-        line.say(event="end", error=None, text="", transient=False)
+        line.say(event="end", error=None, text="; ".join(filter(None, said)), transient=False)
 
 
-def do(context: Context, name: str, migration: int) -> None:
-    """Run one step by its name."""
+def do(context: Context, name: str, request: dict[str, Any]) -> str:
+    """Run one step by its name; return what is to be said of it, mostly nothing."""
+    migration = request["migration"]
     match name:
         case "abort":
             steps.abort(context, migration, REASON)
         case "roll_back":
             steps.roll_back(context, migration, REASON)
+        case "reap":
+            found = steps.reap(context, expired_after_s=request["expired_after_s"])
+            return ", ".join(f"{one.verb} {one.what} {one.cell}".strip() for one in found.deeds)
         case _:
             getattr(steps, name)(context, migration)
+    return ""
 
 
 def serve(control: str, config: Path) -> int:

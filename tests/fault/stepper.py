@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,7 +37,9 @@ class Ended:
         return self.error is None
 
     def __str__(self) -> str:
-        return "ok" if self.ok else f"{self.error}: {self.text}"
+        if self.ok:
+            return f"ok: {self.text}" if self.text else "ok"
+        return f"{self.error}: {self.text}"
 
 
 @dataclass
@@ -68,6 +71,11 @@ class StepProcess:
             self.is_waiting = False
             with contextlib.suppress(OSError):
                 self._socket.sendall(b"{}\n")
+
+    def go_on_without_waiting(self) -> None:
+        """Let it go on from its phase, also if it has not got there yet."""
+        self.is_waiting = True
+        self.go()
 
     def wait_end(self, seconds: float) -> Ended:
         """Wait until it has ended.
@@ -127,7 +135,7 @@ class StepProcess:
 
 
 class Stepper:
-    """Starts steps. One for each world."""
+    """Starts steps, for any thread. One for each world."""
 
     def __init__(self, directory: Path, config: Path, sabotage: str | None = None) -> None:
         # A Unix socket's path is short: not below a deep temporary folder.
@@ -136,6 +144,7 @@ class Stepper:
         self._door.bind(self._path)
         self._door.listen(16)
         self._number = 0
+        self._lock = threading.Lock()
         self._log_path = directory / "steps.log"
         self._log = self._log_path.open("ab")
         self._server_process = subprocess.Popen(
@@ -161,22 +170,25 @@ class Stepper:
         halt_at: str | None = None,
         nth: int = 1,
         give_up_at: str | None = None,
+        expired_after_s: float | None = None,
     ) -> StepProcess:
         """Start a process that does `steps` in turn."""
-        self._number += 1
         request = {
-            "id": self._number,
             "steps": steps,
             "migration": migration,
             "connections": dict(connections),
             "halt_at": halt_at,
             "nth": nth,
             "give_up_at": give_up_at,
+            "expired_after_s": expired_after_s,
         }
-        self._server.sendall(json.dumps(request).encode() + b"\n")
-        connection, hello = self._accept(20)
-        if hello["id"] != self._number:
-            raise RuntimeError(f"step {hello['id']} answered instead of {self._number}")
+        with self._lock:
+            self._number += 1
+            request["id"] = self._number
+            self._server.sendall(json.dumps(request).encode() + b"\n")
+            connection, hello = self._accept(20)
+            if hello["id"] != self._number:
+                raise RuntimeError(f"step {hello['id']} answered instead of {self._number}")
         return StepProcess(hello["pid"], connection, self._log_path)
 
     def close(self) -> None:

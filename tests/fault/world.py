@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,22 +71,40 @@ class Cast:
     neighbour: Organization
     baseline: Baseline
 
+    @property
+    def parts(self) -> tuple[tuple[Organization, int], ...]:
+        """Who writes, and in how many sessions."""
+        return (self.moved, _SESSIONS), (self.neighbour, 1)
+
+
+class WithoutRenames(Relational):
+    """Makes users and never changes them: see docs/testing-faults.md on users in a soak."""
+
+    def rename_member(self) -> None:
+        """Change nothing."""
+
 
 @dataclass
 class Writers:
-    """Threads that write to the moved organization and its neighbour until they are stopped."""
+    """Threads that write to organizations until they are stopped.
+
+    Attributes:
+        rename_users: whether they change users, too, once they have made some.
+    """
 
     path: Path
+    rename_users: bool = True
     sessions: list[Session] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    _writers: list[Writer] = field(default_factory=list)
     _stop: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
     _ledger: LedgerWriter | None = None
 
-    def start(self, world: World, cast: Cast, seed: int) -> None:
-        """Start them; returns when both organizations take writes."""
+    def start(self, world: World, parts: Sequence[tuple[Organization, int]], seed: int) -> None:
+        """Start so many sessions for each organization; returns when all take writes."""
         self._ledger = LedgerWriter(self.path)
-        for organization, sessions in ((cast.moved, _SESSIONS), (cast.neighbour, 1)):
+        for organization, sessions in parts:
             for slot in range(sessions):
                 session = Session(
                     f"w{seed}-{organization.id}-{slot}",
@@ -100,13 +118,30 @@ class Writers:
                     random.Random(f"{seed} {organization.id} {slot}"),
                 )
                 self.sessions.append(session)
-                writer = Writer(session, Relational(session, slot, sessions, 1), Keyspace(session))
-                thread = threading.Thread(
-                    target=self._run, args=(writer, _WRITES_PER_S / _SESSIONS), daemon=True
+                kind = Relational if self.rename_users else WithoutRenames
+                self._writers.append(
+                    Writer(session, kind(session, slot, sessions, 1), Keyspace(session))
                 )
-                self._threads.append(thread)
-                thread.start()
+        self.go()
+
+    def go(self) -> None:
+        """Let them write, again after a `rest`; returns when all organizations take writes."""
+        self._stop.clear()
+        self._threads = [
+            threading.Thread(
+                target=self._run, args=(writer, _WRITES_PER_S / _SESSIONS), daemon=True
+            )
+            for writer in self._writers
+        ]
+        for thread in self._threads:
+            thread.start()
         self.wait_for_writes(2)
+
+    def rest(self) -> None:
+        """Let each end its operation in flight and begin no other."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(60)
 
     def wait_for_writes(self, more: int, seconds: float = 60.0) -> None:
         """Wait until every session has had `more` further writes acknowledged.
@@ -124,10 +159,8 @@ class Writers:
             time.sleep(0.02)
 
     def stop(self) -> None:
-        """Let each end its operation in flight."""
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(60)
+        """Let each end its operation in flight, for good."""
+        self.rest()
         for session in self.sessions:
             session.close()
         if self._ledger is not None:
@@ -145,20 +178,26 @@ class Writers:
             self.failures.append(f"{writer.session.name}: {type(error).__name__}: {error}")
 
 
-def longest_gap(ledger: Ledger, organization: str, until: float) -> tuple[float, str]:
+def longest_gap(
+    ledger: Ledger, organization: str, until: float, since: float = 0.0
+) -> tuple[float, str]:
     """Return the longest time without an acknowledged write of an organization, and when it began.
 
     In each store by itself: an organization that can write only half of what it is, cannot work.
     Seconds; the beginning is the wall clock's time of day. `until` is when the writers were
-    stopped, in seconds since 1970: an organization that never came back is found, too.
+    stopped, in seconds since 1970: an organization that never came back is found, too. Only what
+    was acknowledged after `since` counts.
     """
     longest, began = 0.0, 0.0
     for store in ("postgres", "redis"):
         acknowledged = sorted(
-            one.wall + one.seconds
+            at
             for one in ledger.of(organization)
             if one.store == store and one.outcome is Outcome.ACKNOWLEDGED and not one.is_read
+            if since <= (at := one.wall + one.seconds) <= until
         )
+        if since:
+            acknowledged.insert(0, since)
         ends = [*acknowledged[1:], until]
         for earlier, later in zip(acknowledged, ends, strict=False):
             if later - earlier > longest:
@@ -172,7 +211,9 @@ class World:
     Args:
         directory: for data and logs; deleted when it closes.
         sabotage: how the product is broken on purpose, if it is.
-        with_standby: give the source's PostgreSQL a synchronous standby, to fail over to once.
+        standby_of: the cell whose PostgreSQL gets a synchronous standby, or `topology`; to fail
+            over to once. There are no proxies then.
+        with_casts: make organizations for scenarios.
     """
 
     def __init__(
@@ -180,10 +221,12 @@ class World:
         directory: Path | None = None,
         *,
         sabotage: str | None = None,
-        with_standby: bool = False,
+        standby_of: str | None = None,
+        with_casts: bool = True,
     ) -> None:
         self._sabotage = sabotage
-        self._with_standby = with_standby
+        self._with_casts = with_casts
+        self._standby_of = standby_of
         self._standby: PostgresServer | None = None
         self.directory = directory or Path(tempfile.mkdtemp(prefix="cellferry-fault-"))
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -218,8 +261,8 @@ class World:
             self._stack.callback(valkey.remove)
             self.valkey[name] = valkey.start()
         self._make_databases()
-        if self._with_standby:
-            self._follow()
+        if self._standby_of is not None:
+            self._follow(self._standby_of)
         self.connections = self._urls()
         self.proxies = {name: Proxy(url) for name, url in self._proxied().items()}
         for proxy in self.proxies.values():
@@ -241,8 +284,9 @@ class World:
         self.stepper = Stepper(self.directory, self.config, self._sabotage)
         self._stack.callback(self.stepper.close)
         self._still: dict[str, str] = {}
-        self._make_casts(still=True)
-        self._pad()
+        if self._with_casts:
+            self._make_casts(still=True)
+            self._pad()
 
     def _make_databases(self) -> None:
         for cell in CELLS:
@@ -254,10 +298,10 @@ class World:
                     )
                 )
 
-    def _follow(self) -> None:
-        primary = self.postgres["cell-1"]
+    def _follow(self, place: str) -> None:
+        primary = self.postgres[place]
         standby = PostgresServer(
-            self.directory / "cell-1-standby", settings=POSTGRES, die_with_parent=True
+            self.directory / f"{place}-standby", settings=POSTGRES, die_with_parent=True
         )
         self._stack.callback(standby.remove)
         standby.follow(primary, "standby-1")
@@ -274,40 +318,42 @@ class World:
         self._standby = standby
 
     def fail_over(self) -> None:
-        """Kill the source's PostgreSQL for good and promote its standby. Once."""
-        if self._standby is None:
+        """Kill the PostgreSQL that has a standby for good and promote the standby. Once."""
+        if self._standby is None or self._standby_of is None:
             raise RuntimeError("this world has no standby any more")
-        self.postgres["cell-1"].kill()
+        self.postgres[self._standby_of].kill()
         self._standby.promote()
         with psycopg.connect(self._standby.url(), autocommit=True) as connection:
             # It has no standby of its own: its commits must not wait for one.
             connection.execute("ALTER SYSTEM RESET synchronous_standby_names")
             connection.execute("SELECT pg_reload_conf()")
-        self.postgres["cell-1"], self._standby = self._standby, None
+        self.postgres[self._standby_of], self._standby = self._standby, None
 
     def _urls(self) -> dict[str, str]:
-        urls = {"cellferry-topology": self.postgres["topology"].url()}
+        urls = {"cellferry-topology": self._found_by_libpq("topology", {})}
         for cell in CELLS:
-            server = self.postgres[cell]
-            for name, url in (
-                (f"{cell}-postgres-admin", server.url(dbname="app")),
-                (f"{cell}-postgres", server.url("mover", MOVER_PASSWORD, "app")),
-            ):
-                if cell == "cell-1" and self._standby is not None:
-                    # libpq finds the one that takes writes
-                    parts = urlsplit(url)
-                    url = urlunsplit(
-                        parts._replace(
-                            netloc=f"{parts.netloc},{parts.hostname}:{self._standby.port}",
-                            query="target_session_attrs=primary",
-                        )
-                    )
-                urls[name] = url
+            urls[f"{cell}-postgres-admin"] = self._found_by_libpq(cell, {"dbname": "app"})
+            urls[f"{cell}-postgres"] = self._found_by_libpq(
+                cell, {"user": "mover", "password": MOVER_PASSWORD, "dbname": "app"}
+            )
             urls[f"{cell}-redis"] = urls[f"{cell}-redis-admin"] = self.valkey[cell].url()
         return urls
 
+    def _found_by_libpq(self, place: str, parameters: Mapping[str, str]) -> str:
+        """Return the URL of a server; with a standby, of whichever of the two takes writes."""
+        url = self.postgres[place].url(**parameters)
+        if self._standby is None or place != self._standby_of:
+            return url
+        parts = urlsplit(url)
+        return urlunsplit(
+            parts._replace(
+                netloc=f"{parts.netloc},{parts.hostname}:{self._standby.port}",
+                query="target_session_attrs=primary",
+            )
+        )
+
     def _proxied(self) -> dict[str, str]:
-        return {} if self._with_standby else dict(self.connections)
+        return {} if self._standby_of else dict(self.connections)
 
     @property
     def connections_through_proxies(self) -> dict[str, str]:
@@ -351,15 +397,8 @@ class World:
             pairs.append((moved, neighbour))
             seeds.append(Seed(moved, "cell-1", _ROWS, _KEYS))
             seeds.append(Seed(neighbour, "cell-1", 60, 12))
-        for place in self.places.values():
-            provision_organizations(place, [seed.organization.id for seed in seeds])
-        for name, place in self.places.items():
-            seeding.seed_cell(place, [seed for seed in seeds if seed.cell == name])
+        self.settle(seeds)
         routes = {seed.organization.id: seed.cell for seed in seeds}
-        with self.context() as context:
-            context.topology.register_organizations(
-                [(seed.organization, seed.cell) for seed in seeds], ACTOR
-            )
         found = checker.take_baseline(self.places, {**self._still, **routes})
         for moved, neighbour in pairs:
             wanted = {*self._still, moved.id, neighbour.id}
@@ -372,6 +411,17 @@ class World:
                         found.cells,
                     ),
                 )
+            )
+
+    def settle(self, seeds: Sequence[Seed]) -> None:
+        """Make organizations in their cells and tell the topology of them."""
+        for place in self.places.values():
+            provision_organizations(place, [seed.organization.id for seed in seeds])
+        for name, place in self.places.items():
+            seeding.seed_cell(place, [seed for seed in seeds if seed.cell == name])
+        with self.context() as context:
+            context.topology.register_organizations(
+                [(seed.organization, seed.cell) for seed in seeds], ACTOR
             )
 
     def _pad(self) -> None:
@@ -405,13 +455,13 @@ class World:
         for cast in self._casts:
             cast.baseline.organizations.update(found.organizations)  # type: ignore[attr-defined]
 
-    def plan(self, organization: Organization, **options: Any) -> int:
-        """Record a migration to cell-2 and return its id."""
+    def plan(self, organization: Organization, destination: str = CELLS[1], **options: Any) -> int:
+        """Record a migration and return its id."""
         with self.context() as context:
             found = steps.plan(
                 context,
                 organization.slug,
-                "cell-2",
+                destination,
                 options=MoveOptions(**options),
                 record=True,
             )
