@@ -232,24 +232,34 @@ def test_the_next_state_waits_for_what_is_under_way(
 
 
 def sleep_from_old_to_new(
-    shard_world: ShardWorld, sleeper: ClientProcess, verb: str, *arguments: object
+    shard_world: ShardWorld,
+    sleeper: ClientProcess,
+    verb: str,
+    *arguments: object,
+    registers_first: bool = False,
 ) -> None:
-    """Let a client fall asleep between its look at the state and what it sends, until `new`."""
+    """Let a client fall asleep between its look at the state and what it sends, until `new`.
+
+    With `registers_first` it sends that when it is a client again.
+    """
     shard_world.begin()
-    sleeper.do("sleep before", verb, 1)
+    sleeper.do("sleep before", verb, 1, *([True] * registers_first))
     sleeper.ask(verb, *arguments)
     sleeper.wait_until_asleep()
     shard_world.go_until(ShardState.NEW)
     assert [one.name for one in shard_world.control.clients("dedup")] == ["awake"]
 
 
+@pytest.mark.parametrize("registers_first", [False, True])
 def test_a_claim_that_slept_through_the_change_accepts_nothing_twice(
-    shard_world: ShardWorld, client_process: MakeClient
+    shard_world: ShardWorld, client_process: MakeClient, registers_first: bool
 ) -> None:
     sleeper = client_process("sleeper", lease_s=0.5)
     [id_] = shard_world.moved_ids(1)
     with shard_world.store("awake") as awake:
-        sleep_from_old_to_new(shard_world, sleeper, "claim", id_, 60)
+        sleep_from_old_to_new(
+            shard_world, sleeper, "claim", id_, 60, registers_first=registers_first
+        )
         assert awake.claim(id_, 60).accepted
         sleeper.wake()
         late = sleeper.answer()
