@@ -6,8 +6,9 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import pytest
 
@@ -381,6 +382,49 @@ def test_finishing_ends_though_claims_go_on(shards: Shards) -> None:
     assert verify(made, "shard-0", shards.source).ok
 
 
+@pytest.mark.parametrize("meanwhile", ["claimed", "released", "taken over"])
+def test_what_changes_between_the_last_read_and_its_write_is_not_undone(
+    shards: Shards, monkeypatch: pytest.MonkeyPatch, meanwhile: str
+) -> None:
+    """`finish` has read a key at the source; it changes there before the write gets through."""
+    made = plan(THREE, FOUR, shards.source)
+    key = next(
+        one for one in (b"dedup:%d" % n for n in range(1000)) if made.moved("shard-0", [one])
+    )
+    old, new = shards.client(0), shards.client(3)
+    with Follower(made, "shard-0", shards.source, fence=1) as follower:
+        follower.open_feed()
+        follower.sweep()
+        if meanwhile == "claimed":
+            new.set(key, b"left over")  # so that finish removes it
+        else:
+            old.set(key, b"first", px=600_000)
+        write, writes = Lanes.write, []
+
+        def late(lanes: Lanes, *arguments: Any, **how: Any) -> None:
+            if not writes:
+                match meanwhile:
+                    case "claimed":
+                        assert old.set(key, b"second", px=600_000, nx=True)
+                        new.set(key, b"second", nx=True)
+                    case "released":
+                        new.delete(key)
+                        old.delete(key)
+                        new.delete(key)
+                    case "taken over":
+                        old.set(key, b"second", px=500_000)
+            writes.append(arguments)
+            write(lanes, *arguments, **how)
+
+        monkeypatch.setattr(Lanes, "write", late)
+        follower.finish()
+    assert writes
+    assert new.get(key) == old.get(key) == (None if meanwhile == "released" else b"second")
+    assert new.pexpiretime(key) == old.pexpiretime(key)
+    old.close()
+    new.close()
+
+
 def test_a_source_that_came_back_empty_is_not_followed(shards: Shards) -> None:
     fill(shards, THREE)
     made = plan(THREE, FOUR, shards.source)
@@ -440,6 +484,54 @@ def test_a_stopped_copy_goes_on_where_it_was(shards: Shards, tmp_path: Path) -> 
     assert held(shards, 3) == expected(wanted, FOUR, 3)
     again = copy(made, "shard-0", shards.source, fence=1, checkpoints=points)
     assert again.sent == 0
+
+
+def test_a_copier_that_is_killed_again_and_again_goes_on(shards: Shards, tmp_path: Path) -> None:
+    """SIGKILL in a process of its own, wherever it happens to be."""
+    wanted = fill(shards, THREE, 12_000)
+    made = plan(THREE, FOUR, shards.source)
+    folder = tmp_path / "points"
+    urls = {f"c{number}": server.url() for number, server in enumerate(shards.servers)}
+    context = get_context("spawn")
+    kills = 0
+    for name in made.sources:
+        for _ in range(2):
+            copier = context.Process(
+                target=slow_copy, args=(made.document(), name, urls, folder, 1500.0)
+            )
+            copier.start()
+            saved = folder / f"{name.replace('-', '_')}-to-shard_3-*.json"
+            before = read(saved)
+            wait_until(lambda: read(saved) != before or not copier.is_alive())  # noqa: B023
+            kills += copier.is_alive()
+            copier.kill()
+            copier.join()
+        result = copy(made, name, shards.source, fence=1, checkpoints=FileCheckpoints(folder))
+        assert result.resumed
+    assert kills > 0
+    for name in made.sources:
+        assert verify(made, name, shards.source).ok
+    assert held(shards, 3) == expected(wanted, FOUR, 3)
+
+
+def slow_copy(
+    document: dict[str, Any], name: str, urls: dict[str, str], folder: Path, rate: float
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cellferry.shards.copier._SAVE_EVERY_S", 0.0)
+        patch.setattr("cellferry.shards.copier._PAGE_KEYS", 100)
+        copy(
+            Plan.from_document(document),
+            name,
+            urls.get,
+            fence=1,
+            checkpoints=FileCheckpoints(folder),
+            throttle=Throttle(rate),
+        )
+
+
+def read(pattern: Path) -> list[str]:
+    return [path.read_text(encoding="utf-8") for path in pattern.parent.glob(pattern.name)]
 
 
 def test_a_checkpoint_of_another_plan_is_refused(shards: Shards, tmp_path: Path) -> None:

@@ -98,6 +98,8 @@ class RedisSide:
         match = ("MATCH", _glob(self._keys.encoded) + b"*") if self._keys.encoded else ()
         cursor = after or "0"
         wire.send([("SCAN", cursor, *match, "COUNT", count)])
+        # MATCH has left only keys with the prefix; ours are among them if it is one of ours too.
+        mixed = OWN_KEYS.startswith(self._keys.encoded) or self._keys.encoded.startswith(OWN_KEYS)
         owns = self._keys.owns
         while True:
             found_cursor, found = wire.check(wire.receive(1)[0])
@@ -106,7 +108,8 @@ class RedisSide:
             if not is_last:
                 wire.send([("SCAN", cursor, *match, "COUNT", count)])
             try:
-                yield Page([key for key in found if owns(key)], "" if is_last else cursor)
+                keys = [key for key in found if owns(key)] if mixed else found
+                yield Page(keys, "" if is_last else cursor)
             except GeneratorExit:  # a page is under way that nobody will read
                 self._wires.pop("scanner", wire).close()
                 raise
