@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: docs-check lock-check help venv demo test test-fault test-soak lint fleet-up fleet-down fleet-status lock docs clean
+.PHONY: docs-check lock-check help venv demo demo-reshard test test-fault test-soak lint fleet-up fleet-down fleet-status lock docs clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -50,6 +50,9 @@ test-soak: venv ## random faults for a while: MINUTES= (30), SEED=, SABOTAGE=
 
 demo: venv ## from nothing to the report
 	@$(BIN)/python -m cellferry.local.demo
+
+demo-reshard: venv ## re-shard 3 → 4 under load: WAY=4-3, KEYS=, CLIENTS=, IDS_PER_S=, KILL=1, ROLL_BACK=1
+	@$(BIN)/python -m cellferry.local.reshard_demo
 
 docs: venv ## write the DAG reference from the DAGs
 	@$(BIN)/python -m cellferry.orchestration.dag_reference
