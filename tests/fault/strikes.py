@@ -45,6 +45,10 @@ KINDS: Mapping[str, int] = {
 #: What else may happen to a step that waits at a phase: it is only late.
 DAWDLE = "dawdle"
 
+#: How a step may end that is not to be tried again just so: it was killed, another took over or
+#: went further, or a person stopped it.
+EXPLAINED = frozenset({"killed", "LeaseLost", "WrongState", "Paused", "Halted"})
+
 DOWN_S = (0.3, 3.0)
 HOLE_S = (1.0, 12.0)
 STOPPED_S = (1.0, 20.0)
@@ -330,5 +334,7 @@ class Strikes:
 
 
 def is_wrong(ended: Ended) -> bool:
-    """Whether no fault explains how a step ended."""
-    return ended.unexpected or ended.error in {"VerificationFailed", "AuthorityViolation"}
+    """Whether no fault explains how a step ended, so that nobody would try it again."""
+    if ended.ok or ended.transient:
+        return False
+    return ended.unexpected or ended.error not in EXPLAINED
