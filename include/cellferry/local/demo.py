@@ -21,6 +21,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from cellferry import settings
@@ -115,7 +116,7 @@ def main() -> int:
         wishes = Wishes.from_environment()
         outcome = _run(console, fleet, wishes, root)
     except CellferryError as error:
-        console.print(f"[red]the demo failed:[/] {error}")
+        console.print(f"[red]the demo failed:[/] {escape(str(error))}")
         fleet.down()
         return error.exit_code
     except BaseException:
@@ -128,7 +129,7 @@ def main() -> int:
     else:
         fleet.down()
     for fault in outcome.faults:
-        console.print(f"[red]not as it should be:[/] {fault}")
+        console.print(f"[red]not as it should be:[/] {escape(fault)}")
     sys.stdout.flush()
     print(outcome.line)  # noqa: T201 - the line that scripts read
     return 1 if outcome.faults else 0
