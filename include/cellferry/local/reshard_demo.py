@@ -118,6 +118,8 @@ class Outcome:
     rolled_back: bool = False
     pause_s: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the steps up to the cutover recorded."""
     faults: list[str] = field(default_factory=list)
 
     @property
@@ -280,8 +282,8 @@ class Demo:
     def _note_the_pause(self) -> None:
         process = self._launch("status", SET, "--json")
         printed, _ = process.communicate(timeout=STEP_WITHIN_S)
-        facts = json.loads(printed)["resharding"]["facts"]
-        self._outcome.pause_s = facts["switched_to_new"]["pause_s"]
+        self._outcome.facts = json.loads(printed)["resharding"]["facts"]
+        self._outcome.pause_s = self._outcome.facts["switched_to_new"]["pause_s"]
 
     # --- servers and clients -----------------------------------------------------------------
 
@@ -446,6 +448,7 @@ def _document(outcome: Outcome, wishes: Wishes) -> Mapping[str, Any]:
         "wishes": asdict(wishes),
         "pause_ms": round(outcome.pause_s * 1000, 1),
         "seconds": outcome.seconds,
+        "facts": outcome.facts,
         "verdict": asdict(outcome.verdict),
         "faults": outcome.faults,
     }

@@ -178,14 +178,16 @@ def copy_all(
     planned = _plan_of(found)
     begun = time.monotonic()
     rates = copier.shares(planned, throttle_keys_s)
-    spawn = multiprocessing.get_context("spawn")
-    told = spawn.Queue()
+    # One process imports everything, and each worker is forked from that.
+    workers = multiprocessing.get_context("forkserver")
+    workers.set_forkserver_preload([__name__])
+    told = workers.Queue()
     urls = at.urls(found.old, found.new)
     with ProcessPoolExecutor(
         processes or max(1, len(planned.sources)),
-        mp_context=spawn,
+        mp_context=workers,
         initializer=_begin_worker,
-        initargs=(told, os.getpid()),
+        initargs=(told,),
     ) as pool:
         futures = {
             shard: pool.submit(
@@ -220,9 +222,9 @@ _told: Any = None
 _parent = 0
 
 
-def _begin_worker(told: Any, parent: int) -> None:
+def _begin_worker(told: Any) -> None:
     global _told, _parent
-    _told, _parent = told, parent
+    _told, _parent = told, os.getppid()
 
 
 def _copy_in_worker(
@@ -288,8 +290,9 @@ def catch_up(at: Context, id_: int) -> StepResult:
     swept = facts["swept"]
     return _result(
         at.control.resharding(id_),
-        f"compared {swept['compared']:,} keys, brought {swept['brought']:,} over, then"
-        f" {facts['rounds']} rounds; {facts['pending']:,} changed keys were left",
+        f"compared {swept['compared']:,} keys, brought {swept['brought']:,} over"
+        + (f", then in {facts['rounds']} rounds what changed meanwhile" if facts["rounds"] else "")
+        + f"; {facts['pending']:,} keys were waiting in the end",
         facts,
     )
 
