@@ -744,6 +744,29 @@ def test_a_rate_is_shared_by_what_each_source_has_to_move(shards: Shards) -> Non
     assert set(shares(made, None).values()) == {None}
 
 
+def test_large_values_go_in_small_batches(shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(shards, THREE, 4000)
+    with shards.client(0) as client:
+        for key in client.scan_iter(count=5000):
+            client.set(key, key * 60)
+    made = plan(THREE, FOUR, shards.source)
+    sizes: list[int] = []
+    write = Lanes.write
+
+    def measured(
+        lanes: Lanes, name: str, keys: list[bytes], records: list[Any], **how: Any
+    ) -> None:
+        sizes.append(sum(len(one.value) for one in records))
+        write(lanes, name, keys, records, **how)
+
+    monkeypatch.setattr(Lanes, "write", measured)
+    monkeypatch.setattr("cellferry.shards.lanes.BATCH_BYTES", 30_000)
+    copy(made, "shard-0", shards.source, fence=1)
+    assert sizes[0] > 30_000
+    assert max(sizes[4:]) < 30_000
+    assert verify(made, "shard-0", shards.source).ok
+
+
 # --- inside -----------------------------------------------------------------------------------
 
 

@@ -19,6 +19,9 @@ from cellferry.stores.throttle import Throttle
 
 BATCH_KEYS = 500
 """Keys that are read or written together: less than a millisecond of a server's time."""
+BATCH_BYTES = 1024 * 1024
+"""Values that are larger together make the next batches smaller, down to a single key."""
+_FIRST_BATCH = 64
 _WINDOW = 2
 """Batches under way at a time."""
 _PART_OF_A_SECOND = 0.05
@@ -61,8 +64,8 @@ class Lanes:
         self.reporter = Reporter(progress, check, shard)
         rate = self.throttle.per_second
         # A batch passes as a whole: small ones keep a slow rate even.
-        self.batch = BATCH_KEYS if rate is None else min(BATCH_KEYS, int(rate * _PART_OF_A_SECOND))
-        self.batch = max(self.batch, 1)
+        self._pace = BATCH_KEYS if rate is None else max(int(rate * _PART_OF_A_SECOND), 1)
+        self._fit = _FIRST_BATCH
         self.origin: Side = open_side(plan.origin, shard, source)
         self.targets: dict[str, Side] = {
             name: open_side(plan.target, name, source) for name in plan.destinations(shard)
@@ -90,12 +93,27 @@ class Lanes:
         """Return those of `keys` that move, by destination."""
         return self.plan.moved(self.shard, keys)
 
+    @property
+    def batch(self) -> int:
+        """How many keys to bring together now."""
+        return min(self._pace, self._fit)
+
+    def _fit_to(self, records: list[Record | None]) -> None:
+        """Let the size of the last values decide how many keys the next batch has."""
+        size = sum(len(one.value) for one in records if one is not None)
+        if size > BATCH_BYTES:
+            self._fit = max(min(self._fit, len(records)) * BATCH_BYTES // (2 * size), 1)
+        elif size < BATCH_BYTES // 4:
+            self._fit = min(self._fit * 2, BATCH_KEYS)
+
     # --- making equal ------------------------------------------------------------------------
 
     def bring(self, name: str, keys: list[bytes], *, may_wait: bool = True) -> None:
         """Make `keys` at the destination `name` as they are here; `settle` waits for it."""
-        for start in range(0, len(keys), self.batch):
+        start = 0
+        while start < len(keys):
             batch = keys[start : start + self.batch]
+            start += len(batch)
             self.origin.ask(batch)
             self._reading.append((name, batch))
             while len(self._reading) > _WINDOW:
@@ -131,15 +149,19 @@ class Lanes:
 
     def _pass_on(self, *, may_wait: bool) -> None:
         name, keys = self._reading.popleft()
-        self.write(name, keys, self.origin.answers(), may_wait=may_wait)
+        records = self.origin.answers()
+        self._fit_to(records)
+        self.write(name, keys, records, may_wait=may_wait)
 
     # --- comparing ---------------------------------------------------------------------------
 
     def compare(self, wanted: Mapping[str, list[bytes]], then: Compared) -> None:
         """Read keys on both sides at the same time and hand the records over; see `rest`."""
         for name, keys in wanted.items():
-            for start in range(0, len(keys), BATCH_KEYS):
-                batch = keys[start : start + BATCH_KEYS]
+            start = 0
+            while start < len(keys):
+                batch = keys[start : start + self._fit]
+                start += len(batch)
                 self.origin.ask(batch)
                 self.targets[name].ask(batch)
                 self._comparing.append((name, batch))
@@ -162,6 +184,7 @@ class Lanes:
     def _hand_over(self, then: Compared) -> None:
         name, keys = self._comparing.popleft()
         here = self.origin.answers()
+        self._fit_to(here)
         then(name, keys, here, self.targets[name].answers())
         self.reporter.check()
 
