@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from cellferry.errors import (
 )
 from cellferry.local.dedup_checker import Seeds, Verdict, check, seed
 from cellferry.local.dedup_traffic import DedupClient, Recorder, Spec
-from cellferry.shards import points, reshard
+from cellferry.shards import points, reshard, switching
 from cellferry.shards.client import ShardedStore
 from cellferry.shards.context import Context
 from cellferry.shards.follower import Follower
@@ -122,11 +123,17 @@ def up_to_verify(at: Context, id_: int) -> None:
 
 
 def act(
-    world: ShardWorld, step: str, *arguments: Any, kill_at: Point | None = None, **named: Any
+    world: ShardWorld,
+    step: str,
+    *arguments: Any,
+    kill_at: Point | None = None,
+    has_warden: bool = True,
+    **named: Any,
 ) -> int:
     """Do a step in a process of its own; return its exit code."""
     process = get_context("spawn").Process(
-        target=_act, args=(world.url, dict(world.urls), step, arguments, named, kill_at)
+        target=_act,
+        args=(world.url, dict(world.urls), step, arguments, named, kill_at, has_warden),
     )
     process.start()
     process.join(90)
@@ -138,14 +145,29 @@ def act(
     return code
 
 
+class NoWarden:
+    """Does nothing, as a warden whose machine is gone."""
+
+    def watch(self, limit_s: float) -> None: ...
+    def dismiss(self) -> None: ...
+
+
 def _act(
-    url: str, urls: dict[str, str], step: str, arguments: Any, named: Any, kill_at: Point | None
+    url: str,
+    urls: dict[str, str],
+    step: str,
+    arguments: Any,
+    named: Any,
+    kill_at: Point | None,
+    has_warden: bool,
 ) -> None:
     def reached(point: Point) -> None:
         if point is kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
     points.listen(reached)
+    if not has_warden:
+        switching._warden = lambda *_: nullcontext(NoWarden())  # type: ignore[assignment]
     with Context(url, urls.get, ACTOR) as at:
         id_ = at.live("dedup").id
         getattr(reshard, step)(at, id_, *arguments, **named)
@@ -277,6 +299,27 @@ def test_four_shards_become_three_and_the_set_is_the_new_one(
         pass
     reshard.cleanup(at, down, delete_kept=True)
     assert tuple(shard_world.control.set("dedup").connections) == tuple(THREE)
+    assert_all_well(crowd.verdict(before=FOUR, now=THREE, is_clean=True))
+
+
+@pytest.mark.parametrize("point", [Point.SWITCHING_SET, Point.LAST_BROUGHT])
+def test_whatever_step_comes_next_leaves_the_pause_of_a_dead_machine(
+    shard_world: ShardWorld, crowd: Crowd, at: Context, point: Point
+) -> None:
+    id_ = begin(at)
+    up_to_verify(at, id_)
+    assert act(shard_world, "cutover", kill_at=point, has_warden=False) == -signal.SIGKILL
+    time.sleep(0.5)
+    assert at.live("dedup").state is ShardState.SWITCHING
+    reshard.cutover(at, id_)
+    time.sleep(0.5)
+    killed = act(shard_world, "roll_back", "why not", kill_at=point, has_warden=False)
+    assert killed == -signal.SIGKILL
+    assert at.live("dedup").state is ShardState.SWITCHING
+    reshard.verify(at, id_)
+    assert at.live("dedup").state is ShardState.DUAL_READ_NEW
+    reshard.roll_back(at, id_, "why not")
+    reshard.cleanup(at, id_)
     assert_all_well(crowd.verdict(before=FOUR, now=THREE, is_clean=True))
 
 

@@ -257,7 +257,7 @@ def _facts(found: Resharding) -> list[str]:
     copied = [value for name, value in facts.items() if name.startswith("copied ")]
     if copied:
         keys = sum(one["keys"] for one in copied)
-        lines.append(f"copied: {keys:,} keys from {len(copied)} shards")
+        lines.append(f"copied: {keys:,} keys from {', '.join(one['shard'] for one in copied)}")
     if caught_up := facts.get("caught_up"):
         swept = caught_up["swept"]
         lines.append(

@@ -207,7 +207,7 @@ def copy_all(
     resumed = any(one.facts["resumed"] for one in results.values())
     return _result(
         at.control.resharding(id_),
-        f"copied {keys:,} keys from {len(results)} shards in {seconds:,.1f} s"
+        f"copied {keys:,} keys from {', '.join(results)} in {seconds:,.1f} s"
         + (f", {sent:,} of them now, gone on from checkpoints" if resumed else ""),
         {
             "keys": keys,
