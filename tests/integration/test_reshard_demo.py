@@ -11,7 +11,7 @@ from rich.console import Console
 from cellferry.errors import InvalidInput
 from cellferry.local.reshard_demo import Wishes, run
 
-SMALL = {"keys": 6_000, "clients": 3, "ids_per_s": 60, "calm_s": 0.5}
+SMALL = {"keys": 6_000, "clients": 3, "ids_per_s": 60, "calm_s": 0.5, "brief": True}
 
 
 def play(folder: Path, **wishes: object) -> str:

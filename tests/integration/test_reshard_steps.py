@@ -353,9 +353,12 @@ def test_what_fails_in_the_pause_goes_back(
     assert_all_well(crowd.verdict(before=THREE, now=FOUR, is_clean=False), is_clean=False)
 
 
-def test_a_pause_that_is_too_long_goes_back(shard_world: ShardWorld, at: Context) -> None:
+def test_a_pause_that_is_too_long_goes_back(
+    shard_world: ShardWorld, at: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
     id_ = begin(at)
     up_to_verify(at, id_)
+    monkeypatch.setattr(switching, "_warden", lambda *_: nullcontext(NoWarden()))
     with shard_world.store() as store:
         with pytest.raises(TransientError, match="longer than values"):
             reshard.cutover(at, id_, pause_s=0)

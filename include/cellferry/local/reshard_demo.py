@@ -62,6 +62,8 @@ class Wishes:
     keep: bool = False
     calm_s: float = 3.0
     """How long the traffic goes on between the steps, seconds."""
+    brief: bool = False
+    """One command, `run`, for all from the copy to the watch."""
 
     @classmethod
     def from_environment(cls) -> Wishes:
@@ -190,15 +192,25 @@ class Demo:
         self._command("begin", str(plan), "--ttl", "2s")
         if wishes.kill:
             self._kill_in_the_middle_of_the_copy()
+        # A client less offers fewer ids again: that is no fault of the shards.
+        watched = ("--hit-ratio-drop", "0.4") if wishes.kill else ()
+        meanwhile = self._kill_a_client if wishes.kill else None
+        if wishes.brief:
+            self._command(
+                *("run", str(wanted), "--yes", "--watch-for", f"{wishes.calm_s:g}s", *watched),
+                meanwhile=meanwhile,
+            )
+            self._note_the_pause()
+            self._rest()
+            self._command("cleanup", SET, "--wait-ttl", "2s", "--delete-kept")
+            self._command("report", SET)
+            return
         self._command("copy", SET, "--throttle", str(COPY_KEYS_S))
         self._command("dual-write", SET)
         self._command("catch-up", SET)
         self._command("verify", SET)
         self._command("cutover", SET, "--dry-run")
-        if wishes.kill:
-            self._command("cutover", SET, meanwhile=self._kill_a_client)
-        else:
-            self._command("cutover", SET)
+        self._command("cutover", SET, meanwhile=meanwhile)
         self._note_the_pause()
         self._rest()
         if wishes.roll_back:
@@ -206,9 +218,7 @@ class Demo:
             self._rest()
             self._command("cleanup", SET)
         else:
-            # A client less offers fewer ids again: that is no fault of the shards.
-            bounds = ("--hit-ratio-drop", "0.4") if wishes.kill else ()
-            self._command("watch", SET, "--for", f"{wishes.calm_s:g}s", *bounds)
+            self._command("watch", SET, "--for", f"{wishes.calm_s:g}s", *watched)
             self._rest()
             self._command("cleanup", SET, "--wait-ttl", "2s", "--delete-kept")
         self._command("report", SET)

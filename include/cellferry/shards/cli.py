@@ -187,6 +187,13 @@ _throttle_option = click.option(
     help="Moved keys a second, of all sources together; default: as fast as it goes.",
 )
 _reason_option = click.option("--reason", required=True, help="Why; for the audit.")
+_hit_ratio_option = click.option(
+    "--hit-ratio-drop",
+    type=click.FloatRange(0, 1),
+    default=0.1,
+    show_default=True,
+    help="By how much fewer claims may be found taken after the cutover, of 1.",
+)
 _pause_option = click.option(
     "--pause-budget",
     type=DURATION,
@@ -398,13 +405,7 @@ def cutover(site: _Site, set_name: str, dry_run: bool, pause_budget: float, as_j
 @reshard.command(short_help="Compare clients' hit ratio and errors with before the cutover.")
 @_set_argument
 @click.option("--for", "seconds", type=DURATION, default=60.0, show_default="60s", help="How long.")
-@click.option(
-    "--hit-ratio-drop",
-    type=click.FloatRange(0, 1),
-    default=0.1,
-    show_default=True,
-    help="By how much fewer claims may be found taken, of 1.",
-)
+@_hit_ratio_option
 @click.option(
     "--error-rise",
     type=click.FloatRange(0, 1),
@@ -505,6 +506,7 @@ def cleanup(
 @_throttle_option
 @click.option("--ttl", type=DURATION, default=14 * 86_400.0, show_default="14d")
 @click.option("--watch-for", type=DURATION, default=60.0, show_default="60s")
+@_hit_ratio_option
 @click.option("--yes", is_flag=True, help="Do not ask before the cutover.")
 @_json_option
 @click.pass_obj
@@ -514,6 +516,7 @@ def run(
     throttle: float | None,
     ttl: float,
     watch_for: float,
+    hit_ratio_drop: float,
     yes: bool,
     as_json: bool,
 ) -> None:
@@ -521,6 +524,7 @@ def run(
     from cellferry.shards import report
     from cellferry.shards import reshard as steps
     from cellferry.shards.settings import load
+    from cellferry.shards.watch import Limits
 
     target = load(file)
     with site.context(quiet=as_json) as at:
@@ -542,6 +546,7 @@ def run(
             live.id,
             throttle_keys_s=throttle,
             watch_s=watch_for,
+            limits=Limits(hit_ratio_drop),
             may_cut_over=lambda checks: _may_cut_over(checks, yes=yes, as_json=as_json),
         ):
             _say(result, as_json)

@@ -582,6 +582,7 @@ def run_on(
     *,
     throttle_keys_s: float | None = None,
     watch_s: float = 60.0,
+    limits: Limits | None = None,
     may_cut_over: Callable[[Sequence[Check]], bool] = lambda _: True,
 ) -> Iterator[StepResult]:
     """Do what is left until the clients use the new owners alone, yielding each step's result.
@@ -599,7 +600,7 @@ def run_on(
         if not may_cut_over(check(at, id_)):
             return
         yield cutover(at, id_)
-    yield watch(at, id_, seconds=watch_s)
+    yield watch(at, id_, seconds=watch_s, limits=limits)
 
 
 def seconds_to_wait(found: Resharding, kept_s: float | None = None) -> float:
