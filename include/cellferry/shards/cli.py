@@ -151,7 +151,8 @@ class _ProgressLine:
             return f"{told.step}:{amount}{of}{unit} {told.note}".rstrip()
         done = sum(one.done for one in self._latest.values())
         totals = [one.total for one in self._latest.values()]
-        text = f"{told.step} ({told.note}): {done:,}"
+        phase = f" ({told.note})" if told.note != told.step else ""
+        text = f"{told.step}{phase}: {done:,}"
         total = sum(one or 0 for one in totals) if None not in totals else 0
         if total > done:
             text += f" of {total:,}"
@@ -163,9 +164,11 @@ class _ProgressLine:
                 text += f", {(total - done) / rate:,.0f} s left"
         return text
 
-    def clear(self) -> None:
+    @staticmethod
+    def clear() -> None:
         """Make room for what stays."""
-        click.echo("\r\x1b[2K", nl=False, err=True)
+        if sys.stderr.isatty():
+            click.echo("\r\x1b[2K", nl=False, err=True)
 
 
 def _console() -> Console:
@@ -209,6 +212,7 @@ def _say(result: StepResult, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(result.as_dict()))
     else:
+        _ProgressLine.clear()
         click.echo(f"{result.set_name}: {result.summary} ({NAMES[result.state]})")
 
 
@@ -532,6 +536,7 @@ def run(
         if live is None:
             planned = steps.plan(at, target, throttle_keys_s=throttle)
             if not as_json:
+                _ProgressLine.clear()
                 report.render_plan(planned, _console())
             result = steps.begin(at, planned, ttl_s=ttl)
             _say(result, as_json)
@@ -556,6 +561,7 @@ def _may_cut_over(checks: Any, *, yes: bool, as_json: bool) -> bool:
     from cellferry.shards import report
 
     if not as_json:
+        _ProgressLine.clear()
         report.render_checks(checks, _console())
     return yes or (sys.stdin.isatty() and click.confirm("cut over now?", err=True))
 

@@ -159,7 +159,11 @@ class Context:
             ClientsBehind: one neither acknowledged it nor fell silent for its lease.
         """
         begun = time.monotonic()
-        self.tell(Progress(lease.step, "", 0, None, "s", "clients acknowledge the state"))
+        self.tell(
+            Progress(
+                lease.step, "", 0, None, "s", "waiting until every client acknowledges the state"
+            )
+        )
         self.control.wait_acknowledged(id_, self.patience_s(id_), while_waiting=lease.check)
         return time.monotonic() - begun
 

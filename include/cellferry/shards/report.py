@@ -226,7 +226,8 @@ def render_status(found: Status, console: Console) -> None:
             f"re-sharding {one.id}: {len(one.old.connections)} → {len(one.new.connections)} shards,"
             f" [bold]{NAMES[one.state]}[/] at epoch {one.epoch}{ended}"
         )
-        if one.holder and one.ended is None:
+        # Copies work side by side, so nobody knows of the whole that it has ended.
+        if one.holder and one.ended is None and one.step != "copy":
             console.print(f"{one.step} is at work: {escape(one.holder)}")
         for line in _facts(one):
             console.print(line)
