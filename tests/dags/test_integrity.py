@@ -13,8 +13,8 @@ import pytest
 
 IDS = [
     *("clean_up_organizations", "migrate_organizations", "prepare_cell", "reap_cells"),
-    "reverse_rounds",
-    *("roll_back_organizations", "steer_organizations"),
+    *("reshard", "reverse_rounds"),
+    *("roll_back_organizations", "roll_back_resharding", "steer_organizations"),
 ]
 
 #: Loads the DAG files as the DAG processor does, and says what that took and gave.
@@ -75,11 +75,13 @@ def test_loading_takes_little_time(loaded: list[dict[str, Any]]) -> None:
     "heavy",
     [
         "cellferry.migration",
+        "cellferry.shards",
         "cellferry.topology",
         "cellferry.stores",
         "psycopg",
         "redis",
         "hiredis",
+        "numpy",
         "pandas",
         "rich",
     ],

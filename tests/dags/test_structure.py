@@ -19,6 +19,7 @@ DAGS = [
     *("clean_up_organizations", "migrate_organizations", "prepare_cell", "reverse_rounds"),
     "reap_cells",
     *("steer_organizations", "roll_back_organizations"),
+    *("reshard", "roll_back_resharding"),
 ]
 
 
@@ -41,6 +42,8 @@ def test_every_task_of_a_lane_shows_its_organization(bag: Any, dag_id: str, step
     ("prepare_cell", "report_cells"),
     ("roll_back_organizations", "report_roll_back"),
     ("steer_organizations", "report_steering"),
+    ("reshard", "report"),
+    ("roll_back_resharding", "report"),
 ])  # fmt: skip
 def test_the_only_leaf_reports_whatever_happened(bag: Any, dag_id: str, leaf: str) -> None:
     dag = bag.dags[dag_id]
@@ -80,7 +83,11 @@ def test_a_killed_barrier_is_tried_again_within_seconds(bag: Any, dag_id: str, s
 
 
 @pytest.mark.parametrize(
-    "dag_id", ["migrate_organizations", "prepare_cell", "roll_back_organizations"]
+    "dag_id",
+    [
+        *("migrate_organizations", "prepare_cell", "roll_back_organizations"),
+        *("reshard", "roll_back_resharding"),
+    ],
 )
 def test_dry_run_is_the_default(bag: Any, dag_id: str) -> None:
     assert bag.dags[dag_id].params["dry_run"] is True

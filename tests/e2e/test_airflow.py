@@ -23,17 +23,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    made = Fleet(Path(__file__).parents[2], state=tmp_path_factory.mktemp("fleet"))
-    try:
-        made.up(airflow=True)
-        yield made
-    finally:
-        made.down()
-        made.wipe()
-
-
-@pytest.fixture(scope="module")
 def context(fleet: Fleet) -> Iterator[Context]:
     environment = fleet.environment()
     loaded = settings.load(Path(environment["CELLFERRY_CONFIG"]))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -150,6 +151,36 @@ class AirflowApi:
         return "\n".join(
             str(line.get("event", line)) if isinstance(line, dict) else str(line)
             for line in content
+        )
+
+    def add_connection(self, name: str, url: str) -> None:
+        """Add an Airflow Connection, or replace it."""
+        parts = urlsplit(url)
+        body = {
+            "connection_id": name,
+            "conn_type": parts.scheme,
+            "host": parts.hostname,
+            "port": parts.port,
+            "login": parts.username,
+            "password": parts.password,
+            "schema": parts.path.strip("/") or None,
+        }
+        self._send(
+            "PATCH",
+            "/api/v2/connections",
+            json={
+                "actions": [
+                    {"action": "create", "entities": [body], "action_on_existence": "overwrite"}
+                ]
+            },
+        )
+
+    def answer(self, dag_id: str, run_id: str, task_id: str, option: str) -> None:
+        """Answer a task that waits for a person."""
+        self._send(
+            "PATCH",
+            f"/api/v2/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/-1/hitlDetails",
+            json={"chosen_options": [option]},
         )
 
     def clear(

@@ -29,20 +29,21 @@ ORGANIZATIONS_PER_REQUEST = 500
 LONGEST_TTL_IN_RUN_S = 3_600
 
 #: Airflow's own section for fields without one: the only one that is open when the form appears.
-_WHAT = "Run Parameters"
-_SPEED = "How fast"
-_PAUSE = "Write pause"
-_AFTER = "Afterwards"
+WHAT = "Run Parameters"
+SPEED = "How fast"
+PAUSE = "Write pause"
+AFTER = "Afterwards"
 _WAVE = "When to stop"
 
 
-def _dry_run(what: str) -> Param:
+def dry_run_param(what: str) -> Param:
+    """Return the field that keeps a run from changing anything, unless it is switched off."""
     return Param(
         True,
         type="boolean",
         title="Dry run",
         description=what,
-        section=_WHAT,
+        section=WHAT,
     )
 
 
@@ -62,7 +63,7 @@ def migrate_organizations_params() -> dict[str, Param]:
                 f"{ORGANIZATIONS_PER_REQUEST}; more than {ORGANIZATIONS_PER_RUN} are split into "
                 "several runs."
             ),
-            section=_WHAT,
+            section=WHAT,
         ),
         "destination": Param(
             type="string",
@@ -71,9 +72,9 @@ def migrate_organizations_params() -> dict[str, Param]:
             title="Destination cell",
             description="Where they will live: a cell of cells.yaml.",
             examples=["cell-2", "cell-3"],
-            section=_WHAT,
+            section=WHAT,
         ),
-        "dry_run": _dry_run(
+        "dry_run": dry_run_param(
             "On: only plan. The report says what would move, how long it would take and what "
             "blocks it; nothing is changed. Switch it off to move."
         ),
@@ -88,7 +89,7 @@ def migrate_organizations_params() -> dict[str, Param]:
             },
             title="Strategy",
             description="auto is right unless you know better.",
-            section=_WHAT,
+            section=WHAT,
         ),
         "rows_per_s": Param(
             None,
@@ -97,7 +98,7 @@ def migrate_organizations_params() -> dict[str, Param]:
             maximum=10_000_000,
             title="Rows per second, at most",
             description="Throttle of each organization's copy. Empty: none. Example: 20000.",
-            section=_SPEED,
+            section=SPEED,
         ),
         "keys_per_s": Param(
             None,
@@ -106,7 +107,7 @@ def migrate_organizations_params() -> dict[str, Param]:
             maximum=10_000_000,
             title="Redis keys per second, at most",
             description="Throttle of each organization's copy. Empty: none. Example: 5000.",
-            section=_SPEED,
+            section=SPEED,
         ),
         "batch_rows": Param(
             50_000,
@@ -116,7 +117,7 @@ def migrate_organizations_params() -> dict[str, Param]:
             title="Rows in a batch",
             description="Rows copied in one transaction. A killed copy repeats at most one batch "
             "of each stream.",
-            section=_SPEED,
+            section=SPEED,
         ),
         "pause_budget_ms": Param(
             1_000,
@@ -125,7 +126,7 @@ def migrate_organizations_params() -> dict[str, Param]:
             maximum=600_000,
             title="Pause budget (ms)",
             description="A cutover starts only when its write pause is predicted to be shorter.",
-            section=_PAUSE,
+            section=PAUSE,
         ),
         "drain_attempt_ms": Param(
             100,
@@ -135,7 +136,7 @@ def migrate_organizations_params() -> dict[str, Param]:
             title="One drain attempt (ms)",
             description="How long one attempt waits for the organization's open transactions; its "
             "other writers wait meanwhile.",
-            section=_PAUSE,
+            section=PAUSE,
         ),
         "drain_deadline_s": Param(
             10,
@@ -145,7 +146,7 @@ def migrate_organizations_params() -> dict[str, Param]:
             title="Drain deadline (s)",
             description="All attempts together. Past it the cutover gives up, the source serves "
             "on, and the task tries again later.",
-            section=_PAUSE,
+            section=PAUSE,
         ),
         "freeze_deadline_s": Param(
             10,
@@ -154,7 +155,7 @@ def migrate_organizations_params() -> dict[str, Param]:
             maximum=3_600,
             title="Freeze deadline (s)",
             description="From the freeze to the flip. Past it the source is opened again.",
-            section=_PAUSE,
+            section=PAUSE,
         ),
         "arm_deadline_s": Param(
             60,
@@ -164,7 +165,7 @@ def migrate_organizations_params() -> dict[str, Param]:
             title="Capture deadline (s)",
             description="How long the copy's start waits for transactions that were open before "
             "capture was.",
-            section=_PAUSE,
+            section=PAUSE,
         ),
         "max_rounds": Param(
             50,
@@ -173,7 +174,7 @@ def migrate_organizations_params() -> dict[str, Param]:
             maximum=10_000,
             title="Rounds, at most",
             description="Sync gives up when so many rounds have not caught up with the writers.",
-            section=_PAUSE,
+            section=PAUSE,
         ),
         "log_budget_rows": Param(
             10_000_000,
@@ -211,7 +212,7 @@ def migrate_organizations_params() -> dict[str, Param]:
             title="Give the roll-back up",
             description="Cut over although a roll-back would lose writes, for example because the "
             "old cell's engine is older. Plan says why it would.",
-            section=_AFTER,
+            section=AFTER,
         ),
         "soak_s": Param(
             2,
@@ -220,7 +221,7 @@ def migrate_organizations_params() -> dict[str, Param]:
             maximum=86_400,
             title="Soak (s)",
             description="How long the moved organization is watched at its new cell.",
-            section=_AFTER,
+            section=AFTER,
         ),
         "roll_back_on_breach": Param(
             False,
@@ -228,7 +229,7 @@ def migrate_organizations_params() -> dict[str, Param]:
             title="Roll back by itself",
             description="When soak finds the organization unwell at its new cell, the migration is "
             "halted. On: it is also rolled back, once, without loss.",
-            section=_AFTER,
+            section=AFTER,
         ),
         "breach_s": Param(
             15,
@@ -238,7 +239,7 @@ def migrate_organizations_params() -> dict[str, Param]:
             title="Breach (s)",
             description="How long a check of soak must fail before it counts. Soak does not end "
             "while one fails.",
-            section=_AFTER,
+            section=AFTER,
         ),
         "soak_operations": Param(
             100,
@@ -248,7 +249,7 @@ def migrate_organizations_params() -> dict[str, Param]:
             title="Operations to judge by",
             description="Errors and latency are judged only when clients have reported so many "
             "operations in a minute.",
-            section=_AFTER,
+            section=AFTER,
         ),
         "soak_error_factor": Param(
             2,
@@ -258,7 +259,7 @@ def migrate_organizations_params() -> dict[str, Param]:
             title="Errors, times before",
             description="An error rate is too high when it is surely over so many times what it "
             "may have been before, and over 1%.",
-            section=_AFTER,
+            section=AFTER,
         ),
         "soak_latency_factor": Param(
             3,
@@ -268,7 +269,7 @@ def migrate_organizations_params() -> dict[str, Param]:
             title="Latency, times before",
             description="The 95th percentile is too long when it is surely over so many times what "
             "it was before, and 50 ms over it.",
-            section=_AFTER,
+            section=AFTER,
         ),
         "soak_lag_keys": Param(
             100_000,
@@ -277,7 +278,7 @@ def migrate_organizations_params() -> dict[str, Param]:
             maximum=1_000_000_000,
             title="Lag (changes)",
             description="Changes that may wait for the old cell; more make a roll-back slow.",
-            section=_AFTER,
+            section=AFTER,
         ),
         "soak_lag_s": Param(
             120,
@@ -287,7 +288,7 @@ def migrate_organizations_params() -> dict[str, Param]:
             title="Lag (s)",
             description="Longest time in which no reverse round ended, for example because a cell "
             "does not answer.",
-            section=_AFTER,
+            section=AFTER,
         ),
         "route_ttl_s": Param(
             30,
@@ -297,7 +298,7 @@ def migrate_organizations_params() -> dict[str, Param]:
             title="Age of routes (s)",
             description="The ttl_s of the applications' route clients. Who is turned away at the "
             "old cell later than this after the flip does not follow its routes.",
-            section=_AFTER,
+            section=AFTER,
         ),
         "ttl_s": Param(
             3_600,
@@ -310,7 +311,7 @@ def migrate_organizations_params() -> dict[str, Param]:
                 f"Up to {LONGEST_TTL_IN_RUN_S} the run waits for it; a longer one gets a clean-up "
                 "run of its own. Example: 604800 (a week)."
             ),
-            section=_AFTER,
+            section=AFTER,
         ),
     }
 
@@ -326,9 +327,9 @@ def roll_back_organizations_params() -> dict[str, Param]:
             title="Reason",
             description="Why. It goes into the audit.",
             examples=["errors since the move"],
-            section=_WHAT,
+            section=WHAT,
         ),
-        "dry_run": _dry_run(
+        "dry_run": dry_run_param(
             "On: only say what would keep an organization, or stay behind; nothing is changed. "
             "Switch it off to go back."
         ),
@@ -340,7 +341,7 @@ def roll_back_organizations_params() -> dict[str, Param]:
             title="TTL (s)",
             description="From the way back to the clean-up of the new cell's copy. Empty: as for "
             "the move.",
-            section=_AFTER,
+            section=AFTER,
         ),
     }
 
@@ -357,9 +358,9 @@ def prepare_cell_params() -> dict[str, Param]:
             uniqueItems=True,
             title="Cells",
             description="Cells of cells.yaml, one a line.",
-            section=_WHAT,
+            section=WHAT,
         ),
-        "dry_run": _dry_run("On: only say what each cell lacks. Switch it off to install it."),
+        "dry_run": dry_run_param("On: only say what each cell lacks. Switch it off to install it."),
     }
 
 
@@ -375,7 +376,7 @@ def clean_up_organizations_params() -> dict[str, Param]:
             uniqueItems=True,
             title="Migrations",
             description="Numbers of retained migrations, as cellferry status shows them: [17].",
-            section=_WHAT,
+            section=WHAT,
         ),
     }
 
@@ -400,7 +401,7 @@ def steer_organizations_params() -> dict[str, Param]:
             },
             title="Action",
             description="What to do with each of them. There is no default.",
-            section=_WHAT,
+            section=WHAT,
         ),
         "reason": Param(
             type="string",
@@ -408,7 +409,7 @@ def steer_organizations_params() -> dict[str, Param]:
             maxLength=1_000,
             title="Reason",
             description="Why. It goes into the audit, and others see it.",
-            section=_WHAT,
+            section=WHAT,
         ),
         "organizations": Param(
             [],
@@ -416,7 +417,7 @@ def steer_organizations_params() -> dict[str, Param]:
             items={"type": "string", "minLength": 1, "maxLength": 200},
             title="Organizations",
             description="Ids or slugs, one a line.",
-            section=_WHAT,
+            section=WHAT,
         ),
         "cohorts": Param(
             [],
@@ -425,7 +426,7 @@ def steer_organizations_params() -> dict[str, Param]:
             title="Cohorts",
             description="Waves, for halt and clear-halt: names of runs, unless they were given "
             "another.",
-            section=_WHAT,
+            section=WHAT,
         ),
         "cells": Param(
             [],
@@ -433,7 +434,7 @@ def steer_organizations_params() -> dict[str, Param]:
             items={"type": "string", "minLength": 1, "maxLength": 63},
             title="Cells",
             description="Cells of cells.yaml, for halt and clear-halt.",
-            section=_WHAT,
+            section=WHAT,
         ),
     }
 
@@ -448,7 +449,7 @@ def reverse_rounds_params() -> dict[str, Param]:
             maximum=500,
             title="At most",
             description="Retained migrations that one run looks at; the next run takes the next.",
-            section=_SPEED,
+            section=SPEED,
         ),
     }
 
@@ -461,7 +462,7 @@ def reap_cells_params() -> dict[str, Param]:
             type="boolean",
             title="Dry run",
             description="Only say what would be done. Every minute's run does it.",
-            section=_WHAT,
+            section=WHAT,
         ),
         "expired_after_s": Param(
             15,
@@ -471,22 +472,24 @@ def reap_cells_params() -> dict[str, Param]:
             title="Expired after",
             description="Seconds for which a migration's controller must have been silent. One "
             "that lives and is only slow is taken over, too: safe, but it must be repeated.",
-            section=_SPEED,
+            section=SPEED,
         ),
     }
 
 
-class _Strict(BaseModel):
+class StrictRequest(BaseModel):
+    """Refuses what it does not know, and takes no value for another type's."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class _Choice(_Strict):
+class _Choice(StrictRequest):
     organizations: list[str] = Field(min_length=1, max_length=ORGANIZATIONS_PER_REQUEST)
     destination: str = Field(min_length=1)
     dry_run: bool = True
 
 
-class MoveRequest(_Strict):
+class MoveRequest(StrictRequest):
     """A checked request of `migrate_organizations`; says nothing yet of what exists."""
 
     organizations: tuple[str, ...]
@@ -506,7 +509,7 @@ class MoveRequest(_Strict):
         return options if options.cohort else options.model_copy(update={"cohort": wave})
 
 
-class RollBackRequest(_Strict):
+class RollBackRequest(StrictRequest):
     """A checked request of `roll_back_organizations`; says nothing yet of what exists."""
 
     organizations: list[str] = Field(min_length=1, max_length=ORGANIZATIONS_PER_REQUEST)
@@ -527,7 +530,7 @@ def read_roll_back_request(params: Mapping[str, Any]) -> RollBackRequest:
         return RollBackRequest.model_validate(dict(params))
     except ValidationError as error:
         raise InvalidInput(
-            "; ".join(_faults(error)), hint="correct the Params and trigger a new run"
+            "; ".join(name_faults(error)), hint="correct the Params and trigger a new run"
         ) from None
 
 
@@ -548,11 +551,11 @@ def read_move_request(params: Mapping[str, Any]) -> MoveRequest:
     try:
         choice = _Choice.model_validate(chosen)
     except ValidationError as error:
-        faults.extend(_faults(error))
+        faults.extend(name_faults(error))
     try:
         options = MoveOptions.model_validate(rest, strict=True)
     except ValidationError as error:
-        faults.extend(_faults(error))
+        faults.extend(name_faults(error))
     if choice is None or options is None:
         raise InvalidInput("; ".join(faults), hint="correct the Params and trigger a new run")
     return MoveRequest(
@@ -583,7 +586,8 @@ def refuse_unknown(params: Mapping[str, Any], known: Collection[str]) -> None:
     )
 
 
-def _faults(error: ValidationError) -> list[str]:
+def name_faults(error: ValidationError) -> list[str]:
+    """Return what is wrong with each Param, with the value it has."""
     return [
         f"Param {'.'.join(str(part) for part in fault['loc'])!r}: {fault['msg']}"
         + (f", got {fault['input']!r}" if fault["type"] != "missing" else "")

@@ -17,7 +17,39 @@ if TYPE_CHECKING:
 MARGIN_S = 1.0
 
 
-class TtlSensor(BaseSensorOperator):
+class MomentSensor(BaseSensorOperator):
+    """Waits for an absolute time that a step knows. Deferred: the triggerer holds the wait."""
+
+    ui_color = "#e6f1f2"
+
+    def wait(self, left_s: float, until: datetime) -> None:
+        """Return at once when nothing is left, else defer; this call does not return then.
+
+        Args:
+            left_s: seconds, on the clock that `until` is of.
+        """
+        from airflow.providers.standard.triggers.temporal import DateTimeTrigger
+
+        from cellferry.orchestration.progress import duration
+
+        if left_s <= 0:
+            self.log.info("the TTL was over at %s", until.isoformat())
+            return
+        self.log.info("the TTL is over at %s, in %s", until.isoformat(), duration(left_s))
+        self.defer(
+            trigger=DateTimeTrigger(
+                # the triggerer's clock runs this wait; the topology's clock said how long it is
+                moment=datetime.now(UTC) + timedelta(seconds=left_s + MARGIN_S),
+                end_from_trigger=True,
+            ),
+            method_name="execute_complete",
+        )
+
+    def execute_complete(self, context: Context, event: Any = None) -> None:
+        """End; the trigger does that itself, unless it is told otherwise."""
+
+
+class TtlSensor(MomentSensor):
     """Waits until a migration's TTL is over: an absolute time kept in the topology.
 
     Only reads, so it may be repeated. Deferred: the triggerer holds the wait and ends the task.
@@ -29,7 +61,6 @@ class TtlSensor(BaseSensorOperator):
     """
 
     template_fields: Sequence[str] = ("organization", "before")
-    ui_color = "#e6f1f2"
 
     def __init__(
         self,
@@ -50,7 +81,6 @@ class TtlSensor(BaseSensorOperator):
         Raises:
             WrongState: the migration has not been flipped.
         """
-        from airflow.providers.standard.triggers.temporal import DateTimeTrigger
         from airflow.sdk.exceptions import AirflowSkipException
 
         from cellferry.migration import steps
@@ -65,18 +95,4 @@ class TtlSensor(BaseSensorOperator):
         with step_context() as ferry:
             until = steps.ttl_until(ferry, self.before["migration"])
             left_s = (until - ferry.topology.now()).total_seconds()
-        if left_s <= 0:
-            self.log.info("the TTL was over at %s", until.isoformat())
-            return
-        self.log.info("the TTL is over at %s, in %s", until.isoformat(), duration(left_s))
-        self.defer(
-            trigger=DateTimeTrigger(
-                # the triggerer's clock runs this wait; the topology's clock said how long it is
-                moment=datetime.now(UTC) + timedelta(seconds=left_s + MARGIN_S),
-                end_from_trigger=True,
-            ),
-            method_name="execute_complete",
-        )
-
-    def execute_complete(self, context: Context, event: Any = None) -> None:
-        """End; the trigger does that itself, unless it is told otherwise."""
+        self.wait(left_s, until)

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import get_current_context
@@ -15,6 +16,8 @@ from cellferry.model import Actor
 
 if TYPE_CHECKING:
     from cellferry.migration import Context, StepResult
+    from cellferry.orchestration.connections import AirflowConnections
+    from cellferry.orchestration.progress import ProgressBoard
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +32,24 @@ LONGEST_MESSAGE = 2_000
 GENTLE = 10
 
 
+@dataclass(frozen=True, slots=True)
+class RunningTask:
+    """The Airflow task that this process runs.
+
+    Attributes:
+        airflow: its context, as Airflow has it.
+        connections: resolves connections' names.
+        board: shows people how far the step is.
+    """
+
+    airflow: Mapping[str, Any]
+    connections: AirflowConnections
+    board: ProgressBoard
+
+
 @contextmanager
-def step_context(*, waited_for: bool = False) -> Iterator[Context]:
-    """Open everything that a step needs, as the running Airflow task.
+def running_task(*, waited_for: bool = False) -> Iterator[RunningTask]:
+    """Be a task for the block: told to end, it unwinds; its progress and its errors are shown.
 
     Args:
         waited_for: whether writers wait for this step; all others yield the processor.
@@ -39,11 +57,9 @@ def step_context(*, waited_for: bool = False) -> Iterator[Context]:
     An error that leaves the block is said in plain words in the log and left for the report, with
     secrets masked; then Airflow's retry policy decides.
     """
-    from cellferry.migration import Context
     from cellferry.orchestration.cancellation import unwinding_when_cancelled
     from cellferry.orchestration.connections import AirflowConnections
     from cellferry.orchestration.progress import ProgressBoard
-    from cellferry.settings import default_path, load
 
     if not waited_for:
         os.setpriority(os.PRIO_PROCESS, 0, max(GENTLE, os.getpriority(os.PRIO_PROCESS, 0)))
@@ -54,18 +70,37 @@ def step_context(*, waited_for: bool = False) -> Iterator[Context]:
         with (
             unwinding_when_cancelled(),
             ProgressBoard(state_store.set if state_store is not None else None) as board,
-            Context.from_settings(
-                load(default_path()), connections, actor=actor(airflow), listener=board
-            ) as context,
         ):
-            context.last_try = airflow["ti"].try_number > airflow["ti"].max_tries
-            yield context
+            yield RunningTask(airflow, connections, board)
     except CellferryError as error:
         leave_reason(airflow, connections.hide(error.message), connections.hide(error.hint or ""))
         raise
     except Exception as error:
         leave_reason(airflow, connections.hide(f"{type(error).__name__}: {error}"))
         raise
+
+
+@contextmanager
+def step_context(*, waited_for: bool = False) -> Iterator[Context]:
+    """Open everything that a step of a migration needs, as the running Airflow task.
+
+    Args:
+        waited_for: see `running_task`.
+    """
+    from cellferry.migration import Context
+    from cellferry.settings import default_path, load
+
+    with (
+        running_task(waited_for=waited_for) as task,
+        Context.from_settings(
+            load(default_path()),
+            task.connections,
+            actor=actor(task.airflow),
+            listener=task.board,
+        ) as context,
+    ):
+        context.last_try = task.airflow["ti"].try_number > task.airflow["ti"].max_tries
+        yield context
 
 
 def leave_reason(airflow: Mapping[str, Any], message: str, remedy: str = "") -> None:
