@@ -150,7 +150,7 @@ TOGETHER = [
     *(
         (a, b, authority)
         for a, b in PAIRS
-        for authority in {RULES[a].authority, RULES[b].authority}
+        for authority in dict.fromkeys((RULES[a].authority, RULES[b].authority))
     ),
     *((SWITCH, SWITCH, authority) for authority in Owner),
 ]
