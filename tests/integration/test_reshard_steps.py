@@ -6,6 +6,7 @@ The clients keep ledgers; the checker, which shares no code with the mover, deci
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import threading
 import time
@@ -15,7 +16,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
+from psycopg import sql
 
 from cellferry.errors import (
     Blocked,
@@ -28,6 +31,7 @@ from cellferry.errors import (
 )
 from cellferry.local.dedup_checker import Seeds, Verdict, check, seed
 from cellferry.local.dedup_traffic import DedupClient, Recorder, Spec
+from cellferry.local.postgres_server import PostgresServer
 from cellferry.shards import points, reshard, switching
 from cellferry.shards.client import ShardedStore
 from cellferry.shards.context import Context
@@ -110,8 +114,8 @@ def at(shard_world: ShardWorld) -> Iterator[Context]:
         yield at
 
 
-def begin(at: Context, count: int = 4, ttl_s: float = 0) -> int:
-    return reshard.begin(at, reshard.plan(at, ring(count)), ttl_s=ttl_s).id
+def begin(at: Context, count: int = 4, ttl_s: float = 0, kind: str = "redis") -> int:
+    return reshard.begin(at, reshard.plan(at, ring(count, kind)), ttl_s=ttl_s).id
 
 
 def up_to_verify(at: Context, id_: int) -> None:
@@ -517,3 +521,45 @@ def test_the_status_says_what_comes_next(shard_world: ShardWorld, at: Context) -
     assert "reshard cleanup" in next_step()
     reshard.cleanup(at, id_)
     assert "reshard plan" in next_step()
+
+
+def test_postgres_shards_go_the_same_way(
+    fresh_database: str, postgres_server: PostgresServer
+) -> None:
+    names = [f"shards_{secrets.token_hex(4)}_{number}" for number in range(4)]
+    urls = {f"dedup-{n}": postgres_server.url(dbname=name) for n, name in enumerate(names)}
+    with psycopg.connect(postgres_server.url(), autocommit=True) as server:
+        for name in names:
+            server.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        try:
+            _re_shard_postgres(fresh_database, urls)
+        finally:
+            for name in names:
+                server.execute(
+                    sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name))
+                )
+
+
+def _re_shard_postgres(topology: str, urls: dict[str, str]) -> None:
+    ids = [b"id-%d" % number for number in range(300)]
+    with Context(topology, urls.get, ACTOR) as at:
+        at.control.install()
+        reshard.register(at, ring(3, "postgres"))
+        with ShardedStore(topology, "dedup", urls.get, client_name="one", lease_s=5) as store:
+            tokens = {one: store.claim(one, 3600).token for one in ids}
+            store.increment(b"n", 3)
+            id_ = begin(at, kind="postgres")
+            up_to_verify(at, id_)
+            store.increment(b"n", 4)
+            assert store.release(ids[0], tokens[ids[0]])
+            reshard.cutover(at, id_)
+            assert [store.claim(one, 3600).accepted for one in ids] == [True] + [False] * 299
+            assert store.increment(b"n", 5) == 12
+            reshard.roll_back(at, id_, "a doubt")
+            assert not any(store.claim(one, 3600).accepted for one in ids)
+            assert store.get(b"n") == b"12"
+            for _ in reshard.run_on(at, id_, watch_s=0):
+                pass
+            assert reshard.cleanup(at, id_).facts["kept"] == 0
+            assert not any(store.claim(one, 3600).accepted for one in ids)
+            assert store.get(b"n") == b"12"

@@ -1,7 +1,7 @@
 """A shard that is a table in PostgreSQL.
 
-The table and what its copier needs are made by `cellferry reshard prepare`. A row whose time is
-over counts as absent; whoever claims it takes it over.
+`cellferry reshard register` makes the table, and the copier that of a shard that is added. A row
+whose time is over counts as absent; whoever claims it takes it over.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ class PostgresShard:
         self._where = f"shard {name}"
         self._connection: psycopg.Connection[Any] | None = None
         self._connected()
+
+    def install(self) -> None:
+        """Make the table, unless it is there."""
+        self._one("table")
 
     def claim(
         self, key: bytes, token: bytes, *, ttl_ms: int | None = None, expires_ms: int | None = None

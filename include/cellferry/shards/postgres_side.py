@@ -132,8 +132,10 @@ class PostgresSide:
         session = self._connect(f"{purpose}{fence}" if writes else "shards:fence")
         try:
             with sessions.translate_errors(self._where):
-                for query in (postgres_server.QUERIES["table"], QUERIES["fence table"]):
-                    session.execute(query)
+                with session.transaction():
+                    session.execute(QUERIES["one at a time"])
+                    for query in (postgres_server.QUERIES["table"], QUERIES["fence table"]):
+                        session.execute(query)
                 facts = {"lane": str(lane), "number": fence}
                 row = session.execute(QUERIES["raise fence"], facts).fetchone()
                 there = fence if row is None else int(row[0])
@@ -261,6 +263,7 @@ class PostgresSide:
         def change() -> None:
             with session.transaction():
                 sessions.set_locally(session, "lock_timeout", _LOCK_TIMEOUT)
+                session.execute(QUERIES["one at a time"])
                 for statement in _statements(statements):
                     session.execute(statement)
 

@@ -96,6 +96,10 @@ SELECT (SELECT count(*) FROM fence), (SELECT count(*) FROM gone)
 SELECT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = 'cellferry_shard'::regclass
                AND tgname = 'cellferry_shard_changed_truncate')
 
+-- name: one at a time
+-- IF NOT EXISTS does not keep two sessions from making the same table at once.
+SELECT pg_advisory_xact_lock(hashtextextended('cellferry_shard', 0));
+
 -- name: change log
 -- Several feeds read it, each what its last look could not see; a crash empties it and ends them.
 CREATE UNLOGGED TABLE IF NOT EXISTS cellferry_shard_changes (

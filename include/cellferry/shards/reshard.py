@@ -40,6 +40,7 @@ from cellferry.shards.context import Context, Progress, StepResult, fence
 from cellferry.shards.control import Lease, Resharding
 from cellferry.shards.plan import Plan
 from cellferry.shards.points import Point, reach
+from cellferry.shards.postgres_server import PostgresShard
 from cellferry.shards.progress import Progress as Moved
 from cellferry.shards.settings import ShardSet, check_servers
 from cellferry.shards.states import ShardState
@@ -61,12 +62,19 @@ _ENDING = "ending"
 
 
 def register(at: Context, shard_set: ShardSet) -> None:
-    """Record a set as its clients have it now. Repeatable.
+    """Record a set as its clients have it now. Repeatable. Makes the tables of PostgreSQL shards.
 
     Raises:
         InvalidInput: it is recorded otherwise already, or two of its connections are one server.
     """
     check_servers([shard_set], at.source)
+    if shard_set.kind == "postgres":
+        for name, url in at.urls(shard_set).items():
+            shard = PostgresShard(url, name)
+            try:
+                shard.install()
+            finally:
+                shard.close()
     at.control.register_set(shard_set, at.actor)
 
 
@@ -144,6 +152,8 @@ def copy(at: Context, id_: int, shard: str, *, throttle_keys_s: float | None = N
         )
     _insist(found, _OLD, _DUAL_OLD, step="copy")
     with at.lease(id_, "copy", part=shard) as lease:
+        # Until the lease was ours, another step may have given the authority away.
+        _insist(put_right(at, at.control.resharding(id_)), _OLD, _DUAL_OLD, step="copy")
         reach(Point.COPY_BEGUN)
         done = copier.copy(
             planned,
@@ -561,7 +571,7 @@ def cleanup(
         found = at.control.resharding(id_)
         _insist(found, _NEW, step="cleanup")
     with at.lease(id_, "cleanup") as lease:
-        found = at.control.resharding(id_)
+        found = put_right(at, at.control.resharding(id_))
         _insist(found, _OLD, _NEW, step="cleanup")
         at.wait_acknowledged(id_, lease)
         if found.state is _NEW:
@@ -609,10 +619,10 @@ def seconds_to_wait(found: Resharding, kept_s: float | None = None) -> float:
     Args:
         kept_s: how long they are kept in all; None is the re-sharding's TTL.
     """
-    if found.state is not _NEW or found.ttl_until is None:
+    if found.state is not _NEW or found.ttl_left_s is None:
         return 0.0
     more = 0.0 if kept_s is None else kept_s - found.ttl_s
-    return (found.ttl_until - datetime.now(UTC)).total_seconds() + more
+    return found.ttl_left_s + more
 
 
 def _clean(
@@ -647,6 +657,8 @@ def _clean(
         for one in pool.map(clean, planned.sources):
             results.append(one)
             reach(Point.CLEANED_ONE)
+    lease.check()
+    cleaning.tidy(planned, at.source)
     facts: dict[str, Any] = {
         "removed": sum(one.removed for one in results),
         "expired": sum(one.expired for one in results),
@@ -696,7 +708,7 @@ def _insist_on_reason(reason: str, what: str) -> None:
 
 def _pulse(lease: Lease) -> Callable[[], None]:
     """Return what asks a few times a second, at most, whether the lease is still ours."""
-    asked = time.monotonic()
+    asked = float("-inf")
 
     def check_lease() -> None:
         nonlocal asked
