@@ -18,7 +18,7 @@ from cellferry.errors import LeaseLost, TransientError
 from cellferry.local.postgres_server import PostgresServer
 from cellferry.shards import postgres_server
 from cellferry.shards.checkpoints import FileCheckpoints
-from cellferry.shards.cleanup import cleanup
+from cellferry.shards.cleanup import cleanup, tidy
 from cellferry.shards.copier import copy
 from cellferry.shards.follower import Follower
 from cellferry.shards.lanes import Lanes
@@ -113,7 +113,8 @@ def test_every_moved_row_arrives_to_the_microsecond_and_leaves(tables: Tables) -
         assert tables.held(number) == {
             key: one for key, one in wanted.items() if FOUR.owner(key) == f"shard-{number}"
         }
-    for number in range(3):
+    tidy(made, tables.source)
+    for number in range(4):
         with tables.connect(number) as connection:
             left = connection.execute("SELECT count(*) FROM pg_trigger WHERE NOT tgisinternal")
             assert left.fetchone() == (0,)

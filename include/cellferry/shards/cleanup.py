@@ -101,6 +101,19 @@ def cleanup(
         )
 
 
+def tidy(plan: Plan, source: ConnectionSource) -> None:
+    """Remove what feeds left in the shards that keys came to: followers listen there too.
+
+    Once every source is clean. Otherwise each change there would be logged, and never read.
+    """
+    for name in dict.fromkeys(to for shard in plan.sources for to in plan.destinations(shard)):
+        side = open_side(plan.target, name, source)
+        try:
+            side.tidy()
+        finally:
+            side.close()
+
+
 class _Removers(dict[str, Side]):
     """A writer at the source for each lane: whoever takes a lane over can end it by its name."""
 

@@ -19,12 +19,19 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from cellferry.errors import CellferryError, InvalidInput, OutcomeUnknown, Unreachable
+from cellferry.errors import (
+    CellferryError,
+    InvalidInput,
+    OutcomeUnknown,
+    PermanentError,
+    TransientError,
+    Unreachable,
+)
 from cellferry.settings import ConnectionSource
 from cellferry.shards.claims import Verdict, claim
 from cellferry.shards.clock import now_s
@@ -195,7 +202,12 @@ class ShardedStore:
         patient_until = now_s() + _STALE_COPY_S
 
         def decide(view: View, way: Way, key: bytes) -> Claim | None:
-            verdict = self._decide(view, way, key, mine, ttl_ms, won)
+            try:
+                verdict = self._decide(view, way, key, mine, ttl_ms, won)
+            except PermanentError:
+                if won and token is None:
+                    self._give_back(view, way, key, mine, won)
+                raise
             if not view.session.is_valid:
                 return None
             if not verdict.accepted and won and now_s() < patient_until:
@@ -204,9 +216,8 @@ class ShardedStore:
                 return None
             if verdict.accepted:
                 self._mirror(view, way, key, verdict)
-            elif token is None:  # this call's own: nobody was told that it was accepted
-                for place in won:
-                    self._try(view, place, lambda one: one.delete(key, token=mine))
+            elif won and token is None:  # this call's own: nobody was told that it was accepted
+                self._give_back(view, way, key, mine, won)
             with self._lock:
                 self._figures.claims += 1
                 self._figures.hits += not verdict.accepted
@@ -316,7 +327,9 @@ class ShardedStore:
                         done = operation(view, way, key)
                         if done is not None:
                             return done
-                except Unreachable as error:
+                except Unavailable:
+                    raise
+                except TransientError as error:  # it does not answer, starts, or is no primary yet
                     trouble = error
                 if now_s() >= deadline:
                     raise Unavailable(
@@ -344,6 +357,8 @@ class ShardedStore:
                     hint="read before anything else; a counter may have been raised or not",
                     where=error.where,
                 ) from error
+            except TransientError as error:
+                raise _unwritten(error) from error
             if not view.session.is_valid:
                 raise OutcomeUnknown(
                     "this process was not confirmed any more when its write was answered",
@@ -414,6 +429,13 @@ class ShardedStore:
             verdict: Verdict = end.value
             return verdict
 
+    def _give_back(self, view: View, way: Way, key: bytes, token: bytes, won: Places) -> None:
+        """Free what a claim has won that is not accepted, and what the copier made of it."""
+        places = [*won, *(way.connections[owner] for owner in way.rule.claims)]
+        for place in dict.fromkeys(places):
+            with suppress(CellferryError), self._server(view, place) as server:
+                server.delete(key, token=token)
+
     def _mirror(self, view: View, way: Way, key: bytes, verdict: Verdict) -> None:
         mirror = verdict.mirror
         if mirror is None or mirror.expires_ms is None:
@@ -461,12 +483,10 @@ class ShardedStore:
     def _opened(self, kind: str, shard: str, name: str, *, not_sent: bool) -> ShardServer:
         try:
             return open_shard(kind, shard, {shard: name}, self._source)
-        except Unreachable as error:
+        except TransientError as error:
             if not not_sent:
                 raise
-            raise Unavailable(
-                f"nothing was written: {error.message}", hint=error.hint, where=error.where
-            ) from error
+            raise _unwritten(error) from error
 
     @contextmanager
     def _counted(self, begun: float) -> Iterator[None]:
@@ -499,6 +519,10 @@ def _place_of_values(way: Way) -> tuple[str, str]:
     if owner is None:
         raise Unavailable("values wait for the shards to switch", hint="try again")
     return way.connections[owner]
+
+
+def _unwritten(error: TransientError) -> Unavailable:
+    return Unavailable(f"nothing was written: {error.message}", hint=error.hint, where=error.where)
 
 
 def _milliseconds(seconds: float) -> int:

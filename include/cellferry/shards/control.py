@@ -85,6 +85,7 @@ class Resharding:
         authority: whose values count; in `switching`, whose counted until then.
         epoch: the set's, since this re-sharding's last change.
         ttl_until: until when the old owners keep their copies; None before it became `new`.
+        ttl_left_s: how long that was when this was read, on the topology's clock.
         ended: `completed`, `aborted`, `rolled_back`, or None while it is live.
         attempt: the newest controller's number, which rises over all re-shardings of the set;
             `holder` and `step` say who and what.
@@ -102,6 +103,7 @@ class Resharding:
     begun_at: datetime
     ttl_s: float
     ttl_until: datetime | None
+    ttl_left_s: float | None
     ended: str | None
     ended_at: datetime | None
     attempt: int
@@ -779,6 +781,7 @@ class TopologyCheckpoints:
 
 _RESHARDING = """
 SELECT id, shard_set, old, new, state, authority, epoch, plan, facts, begun_at, ttl_s, ttl_until,
+       extract(epoch FROM ttl_until - clock_timestamp())::float8 AS ttl_left_s,
        outcome, ended_at, attempt, holder, step
 FROM topology.resharding
 """
@@ -798,6 +801,7 @@ def _resharding(row: Mapping[str, Any]) -> Resharding:
         begun_at=row["begun_at"],
         ttl_s=row["ttl_s"],
         ttl_until=row["ttl_until"],
+        ttl_left_s=row["ttl_left_s"],
         ended=row["outcome"],
         ended_at=row["ended_at"],
         attempt=row["attempt"],

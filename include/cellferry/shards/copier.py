@@ -88,6 +88,7 @@ def copy(
     with Lanes(
         plan, shard, source, fence=fence, throttle=throttle, progress=progress, check=check
     ) as lanes:
+        lanes.reporter.check()  # a server that lost its data has lost the fence as well
         return _Copy(lanes, checkpoints or NoCheckpoints()).run()
 
 

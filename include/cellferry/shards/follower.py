@@ -224,6 +224,8 @@ class Follower:
             # What changes there from now on was not seen by the scan below.
             if name not in self._other_feeds:
                 self._other_feeds[name] = target.feed(f"follow:{self.shard}:other")
+            # Fails if the server restarted since its keys were read, perhaps without them.
+            target.now()
             extra: list[bytes] = []
             for page in target.scan():
                 keys = self._lanes.moved(page.keys).get(name, [])

@@ -10,8 +10,9 @@ from cellferry.stores.redis.wire import Address, Command, Wire
 
 #: INCRBY keeps an expiry; a counter that begins gets one in the same turn of the server.
 _INCREMENT = """
+local begins = redis.call('EXISTS', KEYS[1]) == 0
 local value = redis.call('INCRBY', KEYS[1], ARGV[1])
-if ARGV[2] ~= '' and redis.call('PTTL', KEYS[1]) == -1 then
+if ARGV[2] ~= '' and begins then
     redis.call('PEXPIRE', KEYS[1], ARGV[2])
 end
 return value

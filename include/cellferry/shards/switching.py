@@ -174,6 +174,7 @@ class Followers:
             NotConverging: it does not become little.
         """
         self.open_feeds()
+        self._lease.check()  # a server that lost its data has lost the fence as well
         swept = self.each(lambda one: one.sweep())
         self._lease.check()
         rounds = 0
