@@ -147,7 +147,7 @@ def _printed(render: Any) -> str:
     from rich.console import Console
 
     text = io.StringIO()
-    console: Console = Console(file=text, width=120, highlight=False, soft_wrap=True)
+    console: Console = Console(file=text, width=160, highlight=False, soft_wrap=True)
     render(console)
     return text.getvalue().rstrip()
 
