@@ -212,6 +212,40 @@ def test_a_change_that_commits_late_is_heard_by_every_feed_once(tables: Tables) 
     side.close()
 
 
+def test_a_feed_whose_log_was_removed_and_made_anew_is_lost(tables: Tables) -> None:
+    """A clean-up that was stopped wakes up, and the next feed installs the triggers again."""
+    side = open_side(THREE, "shard-0", tables.source)
+    feed = side.feed("one")
+    side.tidy()
+    with tables.connect(0) as client:
+        client.execute("INSERT INTO cellferry_shard VALUES ('dedup:unheard', 'x')")
+    other = side.feed("two")
+    with pytest.raises(TransientError, match="made anew"):
+        feed.barrier(1)
+    other.barrier(1)
+    for one in (feed, other):
+        one.close()
+    side.close()
+
+
+def test_the_log_of_changes_does_not_grow_while_nobody_reads_it(tables: Tables) -> None:
+    side = open_side(THREE, "shard-0", tables.source)
+    side.feed("one").close()
+    with tables.connect(0) as client:
+        client.execute(
+            "INSERT INTO cellferry_shard_changes (key, changed_at)"
+            " SELECT 'dedup:x', clock_timestamp() - interval '2 hours' FROM generate_series(1, 400)"
+        )
+        client.execute(
+            "DO $$ BEGIN FOR n IN 1..3000 LOOP"
+            " INSERT INTO cellferry_shard VALUES (convert_to('dedup:' || n, 'UTF8'), 'x');"
+            " END LOOP; END $$"
+        )
+        left = client.execute("SELECT count(*) FROM cellferry_shard_changes").fetchone()
+    assert left == (3000,)
+    side.close()
+
+
 def test_a_writer_of_an_older_step_writes_no_more(tables: Tables) -> None:
     made = plan(THREE, FOUR, tables.source)
     old = Lanes(made, "shard-0", tables.source, fence=5)

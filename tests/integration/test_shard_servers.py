@@ -137,3 +137,32 @@ def test_an_unknown_kind_or_connection_is_named() -> None:
         open_shard("etcd", "a", {"a": "x"}, {"x": "redis://127.0.0.1:1"}.get)
     with pytest.raises(InvalidInput, match="connection 'y' is not defined"):
         open_shard("redis", "a", {"a": "y"}, {}.get)
+
+
+@pytest.mark.parametrize("verb", ["claim", "increment"])
+def test_a_row_that_expires_in_the_middle_of_a_statement_gets_no_other_life(
+    fresh_database: str, verb: str
+) -> None:
+    """A clock that goes an hour on at each look: the holder's time is over between two looks."""
+    with psycopg.connect(fresh_database, autocommit=True) as connection:
+        connection.execute(QUERIES["table"])
+        connection.execute("CREATE SEQUENCE looks")
+        connection.execute(
+            "CREATE FUNCTION public.clock_timestamp() RETURNS timestamptz VOLATILE LANGUAGE sql AS"
+            " $$ SELECT statement_timestamp() + nextval('looks') * interval '1 hour' $$"
+        )
+        connection.execute(
+            "INSERT INTO cellferry_shard"
+            " VALUES ('id', '7', statement_timestamp() + interval '150 minutes')"
+        )
+        before = connection.execute("SELECT expires_at FROM cellferry_shard").fetchone()
+        url = psycopg.conninfo.make_conninfo(
+            fresh_database, options="-csearch_path=public,pg_catalog"
+        )
+        shard = PostgresShard(url, "shard-0")
+        if verb == "claim":
+            assert shard.claim(b"id", b"other", ttl_ms=86_400_000).token == b"7"
+        else:
+            assert shard.increment(b"id", ttl_ms=86_400_000) == 8
+        shard.close()
+        assert connection.execute("SELECT expires_at FROM cellferry_shard").fetchone() == before

@@ -289,6 +289,7 @@ class PostgresFeed:
         with sessions.translate_errors(where):
             row = session.execute(QUERIES["snapshot"]).fetchone()
         self._last = "" if row is None else str(row[0])
+        self._log: int | None = None if row is None else row[1]
 
     @property
     def lost(self) -> str | None:
@@ -341,8 +342,10 @@ class PostgresFeed:
             self._lost = sessions.translated(error, self._where).message
             return
         self._last = str(rows[0][0])
-        for _, is_change, key in rows:
-            if is_change and key is None:
+        for _, is_change, key, log in rows:
+            if log != self._log:
+                self._lost = "the log of changes was removed meanwhile, and made anew"
+            elif is_change and key is None:
                 self._lost = "the table was truncated"
             elif is_change and bytes(key).startswith(self._prefix):
                 self._kept.add(bytes(key))

@@ -108,10 +108,18 @@ CREATE UNLOGGED TABLE IF NOT EXISTS cellferry_shard_changes (
     changed_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 CREATE INDEX IF NOT EXISTS cellferry_shard_changes_by ON cellferry_shard_changes (changed_by);
+CREATE INDEX IF NOT EXISTS cellferry_shard_changes_at ON cellferry_shard_changes (changed_at);
 
 CREATE OR REPLACE FUNCTION cellferry_shard_changed() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog AS $$
 BEGIN
+    -- Between two steps no feed forgets, for as long as a TTL or an approval takes.
+    IF random() < 0.01 THEN
+        EXECUTE format('DELETE FROM %1$I.cellferry_shard_changes WHERE ctid = ANY (ARRAY('
+                       ' SELECT ctid FROM %1$I.cellferry_shard_changes'
+                       ' WHERE changed_at < clock_timestamp() - interval ''1 hour'''
+                       ' LIMIT 500 FOR UPDATE SKIP LOCKED))', TG_TABLE_SCHEMA);
+    END IF;
     IF TG_OP = 'TRUNCATE' THEN
         EXECUTE format('INSERT INTO %I.cellferry_shard_changes (key) VALUES (NULL)',
                        TG_TABLE_SCHEMA);
@@ -141,11 +149,12 @@ CREATE OR REPLACE TRIGGER cellferry_shard_changed_truncate AFTER TRUNCATE ON cel
 FOR EACH STATEMENT EXECUTE FUNCTION cellferry_shard_changed();
 
 -- name: snapshot
-SELECT pg_current_snapshot()::text
+SELECT pg_current_snapshot()::text, to_regclass('cellferry_shard_changes')::oid::bigint
 
 -- name: changes
 -- What is visible now and was not at the last look, however late it committed.
-SELECT seen.snapshot::text, log.changed_by IS NOT NULL, log.key
+SELECT seen.snapshot::text, log.changed_by IS NOT NULL, log.key,
+       to_regclass('cellferry_shard_changes')::oid::bigint
 FROM (SELECT pg_current_snapshot() AS snapshot) AS seen
 LEFT JOIN cellferry_shard_changes AS log
   ON log.changed_by >= pg_snapshot_xmin(%(last)s::pg_snapshot)
