@@ -41,7 +41,7 @@ from cellferry.shards.placement import (
 from cellferry.shards.server import KINDS
 from cellferry.stores.redis.wire import Address
 
-_GUIDE = "docs/guides/resharding.md shows a whole file"
+_GUIDE = "docs/resharding.md shows a whole file"
 
 
 class _Strict(BaseModel):
