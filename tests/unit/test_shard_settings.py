@@ -127,3 +127,15 @@ def test_two_databases_of_one_server_are_two_shards() -> None:
     placed = Ring((Shard("a"), Shard("b")))
     one = ShardSet("d", "redis", b"", placed, {"a": "x", "b": "y"})
     check_servers((one,), {"x": "redis://h:1/0", "y": "redis://h:1/1"}.get)
+
+
+def test_keys_that_would_be_taken_for_our_own_are_refused() -> None:
+    """They are never moved: a re-sharding would leave them behind."""
+    placed, connections = Ring((Shard("shard-0"),)), {"shard-0": "dedup-0"}
+    with pytest.raises(InvalidInput, match="key_prefix begins with 'cellferry:shards:'"):
+        ShardSet("dedup", "redis", b"cellferry:shards:mine:", placed, connections)
+    for prefix, id_ in ((b"", b"cellferry:shards:a"), (b"cellferry:", b"shards:a")):
+        one = ShardSet("dedup", "redis", prefix, placed, connections)
+        with pytest.raises(InvalidInput, match="give the set a key_prefix"):
+            one.stored(id_)
+        assert one.stored(b"a") == prefix + b"a"

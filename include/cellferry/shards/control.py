@@ -103,7 +103,7 @@ class Resharding:
     begun_at: datetime
     ttl_s: float
     ttl_until: datetime | None
-    ttl_left_s: float | None
+    ttl_left_s: float | None = field(compare=False)
     ended: str | None
     ended_at: datetime | None
     attempt: int

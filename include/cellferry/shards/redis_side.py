@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cellferry.errors import LeaseLost, PermanentError
-from cellferry.shards.sides import NO_EXPIRY, OWN_KEYS, Facts, Lane, Page, Record, Side
+from cellferry.shards.settings import OWN_KEYS
+from cellferry.shards.sides import NO_EXPIRY, Facts, Lane, Page, Record, Side
 from cellferry.stores.redis import payloads
 from cellferry.stores.redis.tracking import Feed
 from cellferry.stores.redis.wire import Address, Command, Wire

@@ -41,6 +41,8 @@ from cellferry.shards.placement import (
 from cellferry.shards.server import KINDS
 from cellferry.stores.redis.wire import Address
 
+OWN_KEYS = b"cellferry:shards:"
+"""What our own keys in a server begin with: never moved."""
 _GUIDE = "docs/resharding.md shows a whole file"
 
 
@@ -103,6 +105,12 @@ class ShardSet:
             raise InvalidInput(
                 f"there is no kind of shard {self.kind!r}", hint=f"choose {' or '.join(KINDS)}"
             )
+        if self.key_prefix.startswith(OWN_KEYS):
+            raise InvalidInput(
+                f"key_prefix begins with {OWN_KEYS.decode()!r}, as what cellferry keeps there",
+                hint="choose another prefix",
+                where=f"shard set {self.name}",
+            )
         placed = [one.name for one in self.placement.shards]
         for name in sorted({*placed} ^ {*self.connections}):
             raise InvalidInput(
@@ -117,8 +125,18 @@ class ShardSet:
         )
 
     def stored(self, id_: bytes) -> bytes:
-        """Return the key of `id_` in a server."""
-        return self.key_prefix + id_
+        """Return the key of `id_` in a server.
+
+        Raises:
+            InvalidInput: it would be one of ours, which are not moved.
+        """
+        key = self.key_prefix + id_
+        if key.startswith(OWN_KEYS):
+            raise InvalidInput(
+                f"an id's key begins with {OWN_KEYS.decode()!r}, as what cellferry keeps there",
+                hint="give the set a key_prefix, or its ids another form",
+            )
+        return key
 
     def owns(self, key: bytes) -> bool:
         """Whether a server's key is one of this set's."""

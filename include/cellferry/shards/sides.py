@@ -24,8 +24,6 @@ from cellferry.shards.server import KINDS
 from cellferry.shards.settings import ShardSet
 
 NO_EXPIRY = -1
-OWN_KEYS = b"cellferry:shards:"
-"""What our own keys in a server begin with: never moved."""
 
 
 @dataclass(frozen=True, slots=True)
