@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -13,6 +16,7 @@ import pytest
 
 from cellferry.errors import CellferryError, TransientError, WrongState
 from cellferry.local.valkey_server import ValkeyServer
+from cellferry.shards import client as client_module
 from cellferry.shards import points, reshard
 from cellferry.shards.client import ShardedStore
 from cellferry.shards.context import Context
@@ -21,6 +25,7 @@ from cellferry.shards.follower import Follower
 from cellferry.shards.plan import plan
 from cellferry.shards.points import Point
 from cellferry.shards.states import ShardState
+from cellferry.stores.redis import wire
 from fixtures.moving_shards import Shards, shard_set
 from fixtures.shards import ACTOR, PREFIX, ShardWorld, ring
 
@@ -248,6 +253,33 @@ def test_a_claim_waits_for_a_shard_that_becomes_a_primary_again(
             old.replicaof("NO", "ONE")
     claiming.join(30)
     assert accepted == [True]
+
+
+def test_a_new_owner_that_hangs_does_not_make_every_claim_wait(
+    shard_world: ShardWorld, store: ShardedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+    real = client_module.open_shard
+
+    def counted(kind: str, name: str, *rest: Any) -> Any:
+        tried.append(name)
+        return real(kind, name, *rest)
+
+    monkeypatch.setattr(client_module, "open_shard", counted)
+    monkeypatch.setattr(wire, "REPLY_TIMEOUT_S", 0.7)
+    ids = shard_world.moved_ids(2)
+    shard_world.begin()
+    shard_world.go_until(ShardState.DUAL_READ_OLD)
+    with shard_world.shard("dedup-3") as new:
+        process = new.info()["process_id"]
+    os.kill(process, signal.SIGSTOP)
+    try:
+        assert store.claim(ids[0], 60).accepted
+        time.sleep(1.2)
+        assert store.claim(ids[1], 60).accepted
+    finally:
+        os.kill(process, signal.SIGCONT)
+    assert tried.count("shard-3") == 1
 
 
 def test_a_counter_that_was_kept_for_ever_is_not_given_a_life(

@@ -47,7 +47,9 @@ Places = set[tuple[str, str]]
 _FIRST_PAUSE_S = 0.005
 _LONGEST_PAUSE_S = 0.25
 #: A server that did not answer a mirror is left out for so long, in seconds: nothing depends on it.
+#: One that let a client wait for it is left out for so many times as long.
 _REST_S = 1.0
+_REST_FACTOR = 10.0
 #: How long a claim that has won at one owner waits for the other to let go of what was given back.
 _STALE_COPY_S = 1.0
 #: Figures go out with a confirmation at most so often, in seconds.
@@ -451,11 +453,14 @@ class ShardedStore:
         """Write where nothing is decided; that it fails changes nothing."""
         if now_s() < self._rests_until.get(place[1], 0.0):
             return
+        began = now_s()
         try:
             with self._server(view, place) as server:
                 write(server)
         except CellferryError:
-            self._rests_until[place[1]] = now_s() + _REST_S
+            failed = now_s()
+            rest = max(_REST_S, _REST_FACTOR * (failed - began))
+            self._rests_until[place[1]] = failed + rest
 
     @contextmanager
     def _server(
