@@ -67,7 +67,7 @@ class ClaimUndecided(Unavailable):
         token: claim again with it; or release it, if it is not wanted any more.
     """
 
-    def __init__(self, message: str, token: bytes, hint: str) -> None:
+    def __init__(self, message: str, token: bytes = b"", hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.token = token
 

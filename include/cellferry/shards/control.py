@@ -68,7 +68,7 @@ class ClientsBehind(TransientError):
         names: whose.
     """
 
-    def __init__(self, message: str, names: Sequence[str], **place: str | None) -> None:
+    def __init__(self, message: str, names: Sequence[str] = (), **place: str | None) -> None:
         super().__init__(message, **place)
         self.names = tuple(names)
 
