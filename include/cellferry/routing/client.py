@@ -8,12 +8,12 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import psycopg
 from psycopg import conninfo
 
+from cellferry.closing import Closing
 from cellferry.model import Route
 from cellferry.routing.answers import (
     BeingMoved,
@@ -44,7 +44,7 @@ _ROUTE = "SELECT organization, cell, epoch FROM topology.route WHERE organizatio
 _clients: weakref.WeakSet[RouteClient] = weakref.WeakSet()
 
 
-class RouteClient:
+class RouteClient(Closing):
     """Tells an application which cell an organization lives in. One for each process.
 
     A route is served from memory. It is at most `ttl_s` old as long as the topology answers; a
@@ -115,17 +115,6 @@ class RouteClient:
             if self._report_every_s is None
             else Reporter(self._parameters, self._report_every_s, self._application)
         )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Stop the thread and close the connections."""

@@ -21,9 +21,9 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
+from cellferry.closing import Closing
 from cellferry.errors import (
     CellferryError,
     InvalidInput,
@@ -87,7 +87,7 @@ class Claim:
     holder: bytes
 
 
-class ShardedStore:
+class ShardedStore(Closing):
     """Claims ids, and reads and writes values and counters, of one shard set.
 
     One for each process; threads may share it, a forked process registers as a client of its own.
@@ -147,17 +147,6 @@ class ShardedStore:
         membership.start()
         self._membership = membership
         self._process = os.getpid()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Wait for what is under way, unregister, and close all connections."""

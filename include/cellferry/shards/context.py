@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Self
 
+from cellferry.closing import Closing
 from cellferry.errors import WrongState
 from cellferry.model import Actor
 from cellferry.settings import ConnectionSource, resolve
@@ -78,7 +78,7 @@ class StepResult:
         }
 
 
-class Context:
+class Context(Closing):
     """The topology, the connections, and who asks.
 
     Args:
@@ -104,17 +104,6 @@ class Context:
         self.owner = owner or f"{socket.gethostname()}:{os.getpid()}"
         self.control = ShardControl(topology)
         self._listener = listener
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the connection to the topology."""

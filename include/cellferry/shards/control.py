@@ -19,13 +19,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import psycopg
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
+from cellferry.closing import Closing
 from cellferry.errors import (
     CellferryError,
     InvalidInput,
@@ -173,7 +173,7 @@ class AuditRow:
     evidence: Mapping[str, Any]
 
 
-class ShardControl:
+class ShardControl(Closing):
     """The record of shard sets and their re-shardings. Every change carries its audit row.
 
     Threads may share it; a lease belongs to the thread that took or adopted it.
@@ -187,17 +187,6 @@ class ShardControl:
         self._database = Database(dsn, patience_s=patience_s)
         self._mine = threading.local()
         self._watched: dict[uuid.UUID, tuple[int, float]] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the connection; a later call opens another."""

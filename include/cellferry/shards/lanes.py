@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from types import TracebackType
-from typing import Self
 
+from cellferry.closing import Closing
 from cellferry.settings import ConnectionSource
 from cellferry.shards.plan import Plan
 from cellferry.shards.progress import Check, Report, Reporter
@@ -30,7 +29,7 @@ Compared = Callable[[str, list[bytes], list[Record | None], list[Record | None]]
 """Called with destination, keys, and their records here and there."""
 
 
-class Lanes:
+class Lanes(Closing):
     """One source shard and its destinations.
 
     Args:
@@ -196,14 +195,3 @@ class Lanes:
         self._comparing.clear()
         for side in (self.origin, *self.targets.values()):
             side.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import psycopg
 
+from cellferry.closing import Closing
 from cellferry.topology import schema
 from cellferry.topology.client_reports import ClientReports
 from cellferry.topology.connection import Database
@@ -31,6 +31,7 @@ class Topology(
     Reaping,
     Heartbeat,
     ClientReports,
+    Closing,
 ):
     """The control plane's database.
 
@@ -44,17 +45,6 @@ class Topology(
 
     def __init__(self, dsn: str, *, patience_s: float = 5.0) -> None:
         self._database = Database(dsn, patience_s=patience_s)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"Topology({self._database.where})"

@@ -11,11 +11,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import hiredis
 
+from cellferry.closing import Closing
 from cellferry.errors import CellferryError, TransientError
 from cellferry.stores.redis.wire import Address, Wire
 
@@ -40,7 +40,7 @@ class Watched(Protocol):
         ...
 
 
-class Feed:
+class Feed(Closing):
     """Collects dirty keys in a thread, from construction until `close`.
 
     Raises:
@@ -156,17 +156,6 @@ class Feed:
         self._wire.shut()
         self._thread.join(timeout=5)
         self._wire.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _ping(self) -> None:
         with self._changed:

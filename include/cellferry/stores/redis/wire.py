@@ -12,12 +12,12 @@ import socket
 import ssl
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import hiredis
 
+from cellferry.closing import Closing
 from cellferry.errors import (
     AccessDenied,
     CellferryError,
@@ -140,7 +140,7 @@ def explain(error: ServerError, where: str) -> CellferryError:
     return PermanentError(f"unexpected answer: {text}", where=where)
 
 
-class Wire:
+class Wire(Closing):
     """One connection.
 
     Args:
@@ -244,17 +244,6 @@ class Wire:
     def close(self) -> None:
         """Close the socket."""
         self._socket.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _connect(self) -> socket.socket:
         address = self.address
