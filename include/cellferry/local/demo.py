@@ -25,10 +25,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from cellferry import settings
-from cellferry.errors import CellferryError, InvalidInput
+from cellferry.errors import CellferryError
 from cellferry.local.airflow_api import ENDED, AirflowApi
 from cellferry.local.application import Application, Checked, Traffic
 from cellferry.local.fleet import Fleet
+from cellferry.local.wishes import is_set, whole_number
 from cellferry.migration import Context, steps
 from cellferry.migration.reporting import size
 from cellferry.model import Actor, Migration, State
@@ -65,22 +66,11 @@ class Wishes:
             InvalidInput: a value is no number or out of bounds.
         """
         return cls(
-            organizations=_number("ORGS", cls.organizations, MOVED + 2, 200),
-            rows=_number("ROWS", cls.rows, 1_000, 50_000_000),
-            writes_per_s=_number("WRITES_PER_S", cls.writes_per_s, 10, 20_000),
-            keep=os.environ.get("KEEP", "") not in {"", "0"},
+            organizations=whole_number("ORGS", cls.organizations, MOVED + 2, 200),
+            rows=whole_number("ROWS", cls.rows, 1_000, 50_000_000),
+            writes_per_s=whole_number("WRITES_PER_S", cls.writes_per_s, 10, 20_000),
+            keep=is_set("KEEP"),
         )
-
-
-def _number(name: str, default: int, low: int, high: int) -> int:
-    text = os.environ.get(name, "") or str(default)
-    try:
-        value = int(text)
-    except ValueError:
-        raise InvalidInput(f"{name}={text} is not a whole number") from None
-    if not low <= value <= high:
-        raise InvalidInput(f"{name}={value} is out of bounds", hint=f"{low} to {high}")
-    return value
 
 
 @dataclass

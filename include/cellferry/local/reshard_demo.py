@@ -36,6 +36,7 @@ from cellferry.local.dedup_traffic import Spec, write_spec
 from cellferry.local.postgres_server import DURABLE, PostgresServer
 from cellferry.local.server_process import ServerProcess
 from cellferry.local.valkey_server import ValkeyServer
+from cellferry.local.wishes import is_set, whole_number
 from cellferry.shards.control import ShardControl
 
 SET = "dedup"
@@ -76,12 +77,12 @@ class Wishes:
         return cls(
             before=before,
             after=after,
-            keys=_number("KEYS", cls.keys, 1_000, 20_000_000),
-            clients=_number("CLIENTS", cls.clients, 2, 32),
-            ids_per_s=_number("IDS_PER_S", cls.ids_per_s, 1, 5_000),
-            kill=_is_set("KILL"),
-            roll_back=_is_set("ROLL_BACK"),
-            keep=_is_set("KEEP"),
+            keys=whole_number("KEYS", cls.keys, 1_000, 20_000_000),
+            clients=whole_number("CLIENTS", cls.clients, 2, 32),
+            ids_per_s=whole_number("IDS_PER_S", cls.ids_per_s, 1, 5_000),
+            kill=is_set("KILL"),
+            roll_back=is_set("ROLL_BACK"),
+            keep=is_set("KEEP"),
         )
 
 
@@ -93,21 +94,6 @@ def _way(text: str) -> tuple[int, int]:
     if not (1 <= before <= 16 and 1 <= after <= 16 and before != after):
         raise InvalidInput(f"WAY={text} is out of bounds", hint="from 1 to 16 shards, not the same")
     return before, after
-
-
-def _number(name: str, default: int, low: int, high: int) -> int:
-    text = os.environ.get(name, "") or str(default)
-    try:
-        value = int(text)
-    except ValueError:
-        raise InvalidInput(f"{name}={text} is not a whole number") from None
-    if not low <= value <= high:
-        raise InvalidInput(f"{name}={value} is out of bounds", hint=f"{low} to {high}")
-    return value
-
-
-def _is_set(name: str) -> bool:
-    return os.environ.get(name, "") not in {"", "0"}
 
 
 @dataclass
