@@ -12,7 +12,7 @@ from typing import Any
 
 import jinja2
 
-from cellferry.migration.reporting import size
+from cellferry.readable import size
 
 #: Geometry of the drawings, in units of their own.
 WIDTH, LANE, LABEL, ROOM = 960.0, 26.0, 118.0, 92.0

@@ -31,8 +31,8 @@ from cellferry.local.application import Application, Checked, Traffic
 from cellferry.local.fleet import Fleet
 from cellferry.local.wishes import is_set, whole_number
 from cellferry.migration import Context, steps
-from cellferry.migration.reporting import size
 from cellferry.model import Actor, Migration, State
+from cellferry.readable import size
 from cellferry.topology import ProgressRow
 
 DAG = "migrate_organizations"

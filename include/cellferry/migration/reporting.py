@@ -12,17 +12,8 @@ from rich.table import Table
 from cellferry.migration.plan import Plan
 from cellferry.migration.status import Status
 from cellferry.model import Migration, State
+from cellferry.readable import size
 from cellferry.topology import Halt, HaltScope
-
-
-def size(count: int) -> str:
-    """Return a number of bytes in the unit a person would choose."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:,.0f} {unit}" if unit == "B" else f"{value:,.1f} {unit}"
-        value /= 1024
-    return f"{value:,.1f} TiB"
 
 
 def render_plan(report: Plan, console: Console | None = None) -> None:

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cellferry.migration.reporting import size
 from cellferry.orchestration.progress import duration
+from cellferry.readable import size
 
 if TYPE_CHECKING:
     from cellferry.migration import Context

@@ -119,7 +119,8 @@ def plan_for_people(planned: Plan, checks: Sequence[Check]) -> dict[str, Any]:
 
 def describe_plan(plan: Mapping[str, Any]) -> str:
     """Return a plan in one line."""
-    from cellferry.shards.report import duration, size
+    from cellferry.readable import size
+    from cellferry.shards.report import duration
 
     share = plan["keys_to_move"] / plan["keys"] if plan["keys"] else 0.0
     return (

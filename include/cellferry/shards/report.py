@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cellferry.readable import size
 from cellferry.shards.check_list import Check
 from cellferry.shards.context import Context
 from cellferry.shards.control import AuditRow, RegisteredClient, Resharding
@@ -304,16 +305,6 @@ def render_report(found: Resharding, history: Sequence[AuditRow], console: Conso
     console.print(table)
     ended = (found.ended or "still going on").replace("_", " ")
     console.print(f"[bold]{ended}[/], state {NAMES[found.state]}")
-
-
-def size(count: int) -> str:
-    """Return a number of bytes in the unit a person would choose."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:,.0f} {unit}" if unit == "B" else f"{value:,.1f} {unit}"
-        value /= 1024
-    return f"{value:,.1f} TiB"
 
 
 def duration(seconds: float) -> str:
