@@ -23,7 +23,7 @@ from cellferry.local.fleet_layout import FleetLayout, FleetSecrets, write_privat
 from cellferry.local.ports import HOST
 from cellferry.local.process_identity import ProcessIdentity
 from cellferry.local.roles import METADATA
-from cellferry.local.server_process import ServerFailed, ServerProcess
+from cellferry.local.server_process import GENTLY, ServerFailed, ServerProcess
 
 API_SERVER = "airflow-api-server"
 SCHEDULER = "airflow-scheduler"
@@ -41,9 +41,6 @@ HEALTH_KEYS: Mapping[str, str] = {
     "airflow-dag-processor": "dag_processor",
 }
 ADMIN = "admin"
-#: In production Airflow has machines of its own. Here every task that starts costs seconds of a
-#: processor, and the cells, whose clients wait for them, come first.
-GENTLY = ("nice", "-n", "10")
 
 
 def base_url(port: int) -> str:
@@ -215,6 +212,7 @@ class AirflowComponent:
     def start(self) -> None:
         """Start it, without waiting; first end what a killed predecessor left of its children."""
         self._process.kill()
+        # In production Airflow has machines of its own; here a task that starts costs seconds.
         command: list[str | Path] = [*GENTLY, sys.executable, "-P", "-m", "airflow"]
         command += COMMANDS[self.name]
         if self.name == API_SERVER:

@@ -12,7 +12,7 @@ import time
 
 from cellferry.local import airflow_components
 from cellferry.local.fleet_layout import FleetLayout
-from cellferry.local.server_process import ServerProcess
+from cellferry.local.server_process import GENTLY, ServerProcess
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class RegularReaper:
             written.unlink()
         self._process.start(
             # Behind whoever is at a gate: a run costs a second of processor for its imports alone.
-            ["nice", "-n", "10", sys.executable, "-P", "-m", "cellferry.cli", "reap"],
+            [*GENTLY, sys.executable, "-P", "-m", "cellferry.cli", "reap"],
             cwd=self._layout.state,
             environment=airflow_components.environment(self._layout),
         )

@@ -20,6 +20,8 @@ from cellferry.local.privileges import Account, popen_arguments
 from cellferry.local.process_identity import ProcessIdentity
 
 _PR_SET_PDEATHSIG = 1
+#: Before a command, for what shares the machine with the cells: their clients come first.
+GENTLY = ("nice", "-n", "10")
 
 
 class ServerFailed(CellferryError):
