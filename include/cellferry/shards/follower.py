@@ -109,13 +109,14 @@ class Follower:
             self._feed = self._lanes.origin.feed(f"follow:{self.shard}")
 
     def sweep(self) -> Figures:
-        """Compare every moved key with its other owner; bring over what differs or is missing
-        there, and remove what is only there.
+        """Compare every moved key with its other owner, and make that equal.
+
+        Brings over what differs or is missing there, and removes what is only there.
 
         Raises:
             Blocked: there is so much more at the other side that the source seems to have lost it.
             TransientError: the change feed was lost.
-        """  # noqa: D205 - one sentence
+        """
         began = time.monotonic()
         figures = Figures()
         lanes = self._lanes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC
 from typing import Any
 
 from rich.console import Console
@@ -321,7 +321,5 @@ def duration(seconds: float) -> str:
 
 
 def _left(found: Resharding) -> str:
-    if found.ttl_until is None:
-        return ""
-    seconds = (found.ttl_until - datetime.now(UTC)).total_seconds()
+    seconds = found.ttl_left_s or 0.0
     return duration(seconds) if seconds > 0 else ""
