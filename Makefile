@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: docs-check lock-check help venv demo demo-reshard test test-fault test-soak lint fleet-up fleet-down fleet-status lock docs clean
+.PHONY: bench docs-check lock-check help venv demo demo-reshard test test-fault test-soak lint fleet-up fleet-down fleet-status lock docs clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -47,6 +47,10 @@ test-fault: venv ## the whole kill matrix: SEED=, ONLY='text;text', JOBS=, SABOT
 test-soak: venv ## random faults for a while: MINUTES= (30), SEED=, SABOTAGE=
 	@$(BIN)/python -m tests.fault.soak $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) \
 		$(if $(SABOTAGE),--sabotage '$(SABOTAGE)')
+
+bench: venv ## measure beside peers, write docs/benchmarks.md: ONLY=copying,pause, SCALE=, RUNS=
+	@$(BIN)/python -m tests.bench $(if $(ONLY),--only '$(ONLY)') $(if $(SCALE),--scale $(SCALE)) \
+		$(if $(RUNS),--runs $(RUNS))
 
 demo: venv ## from nothing to the report
 	@$(BIN)/python -m cellferry.local.demo
