@@ -156,8 +156,7 @@ class RedisSide:
 
     def sizes(self, keys: Sequence[bytes]) -> list[int]:
         """MEMORY USAGE."""
-        asked: list[Command] = [("MEMORY", "USAGE", key) for key in keys]
-        return [int(size or 0) for size in self._wire("reader").checked(asked)]
+        return payloads.sizes(self._wire("reader"), keys)
 
     def same(self, one: Record | None, other: Record | None) -> bool:
         """Equal bytes, or dumps that hold the same in another order."""
@@ -261,7 +260,7 @@ class RedisSide:
     def _dumps(self, keys: list[bytes], others: list[int], found: list[Record | None]) -> None:
         wire = self._wire("slow")
         asked = [keys[index] for index in others]
-        wire.send(payloads.questions(asked))
+        payloads.ask(wire, asked)
         for index, dump in zip(others, payloads.answers(wire, len(asked)), strict=True):
             found[index] = None if dump is None else Record(dump.payload, dump.expires, True)
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 from cellferry.model import Progress
 from cellferry.stores.redis import payloads
-from cellferry.stores.redis.copier import restore_commands
 from cellferry.stores.redis.key_prefix import KeyPrefix
 from cellferry.stores.redis.payloads import Snapshot
 from cellferry.stores.redis.wire import Wire
@@ -25,7 +24,7 @@ def scan(wire: Wire, prefix: KeyPrefix, *, count: int = 1000) -> Iterator[list[b
     cursor = 0
     while True:
         next_cursor, found = wire.call("SCAN", cursor, "MATCH", prefix.pattern, "COUNT", count)
-        keys = [key for key in found if prefix.owns(key)]
+        keys = prefix.owned(found)
         if keys:
             yield keys
         cursor = int(next_cursor)
@@ -89,8 +88,8 @@ class Pair:
 
     def read(self, keys: list[bytes]) -> list[tuple[bytes, Snapshot | None, Snapshot | None]]:
         """Read `keys` on both sides at the same time."""
-        self.origin.send(payloads.questions(keys))
-        self.target.send(payloads.questions(keys))
+        payloads.ask(self.origin, keys)
+        payloads.ask(self.target, keys)
         ours = payloads.answers(self.origin, len(keys))
         theirs = payloads.answers(self.target, len(keys))
         return list(zip(keys, ours, theirs, strict=True))
@@ -100,15 +99,15 @@ class Pair:
         everything = list(keys)
         for start in range(0, len(everything), BATCH_KEYS):
             chunk = everything[start : start + BATCH_KEYS]
-            sizes = self.origin.checked([("MEMORY", "USAGE", key) for key in chunk])
+            sizes = payloads.sizes(self.origin, chunk)
             batch: list[bytes] = []
             total = 0
             for key, size in zip(chunk, sizes, strict=True):
-                if batch and total + (size or 0) > BATCH_BYTES:
+                if batch and total + size > BATCH_BYTES:
                     yield batch
                     batch, total = [], 0
                 batch.append(key)
-                total += size or 0
+                total += size
             yield batch
 
     def same(self, one: Snapshot | None, other: Snapshot | None) -> bool:
@@ -171,7 +170,7 @@ class Pair:
         total = Applied()
         batches = list(self.in_batches(keys)) if may_wait else self._plain_batches(keys)
         for batch in batches:
-            self.origin.send(payloads.questions(batch))
+            payloads.ask(self.origin, batch)
             found = dict(zip(batch, payloads.answers(self.origin, len(batch)), strict=True))
             changed = [
                 key
@@ -219,9 +218,9 @@ class Pair:
         keys = list(wanted)
         if self._before_deleting is not None and None in wanted.values():
             self._before_deleting()
-        commands, size = restore_commands(keys, list(wanted.values()))
-        self.writer.checked(commands)
-        self.target.send(payloads.questions(keys))
+        size = payloads.send(self.writer, keys, list(wanted.values()))
+        self.writer.answers(len(keys))
+        payloads.ask(self.target, keys)
         there = payloads.answers(self.target, len(keys))
         total.keys += len(keys)
         total.size += size

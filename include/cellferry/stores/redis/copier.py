@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from cellferry.model import Copied, Progress
 from cellferry.stores.redis import payloads
 from cellferry.stores.redis.key_prefix import KeyPrefix
-from cellferry.stores.redis.payloads import Snapshot
 from cellferry.stores.redis.wire import Command, Wire
 from cellferry.stores.throttle import Throttle
 
@@ -22,6 +21,8 @@ BATCH_BYTES = 1024 * 1024
 HUGE_KEY = 2 * 1024 * 1024
 """A key larger than this keeps a server busy for tens of milliseconds: worth a warning."""
 SCAN_COUNT = 1000
+_AHEAD = 2
+"""Batches that the source, and the destination, have to work on while this process does."""
 _REPORT_S = 0.3
 
 
@@ -113,14 +114,14 @@ class Copier:
                 if resumed:
                     recopied = self._already_there(batch.keys)
                     resumed = False
-                self._reader.send(payloads.questions(batch.keys))
+                payloads.ask(self._reader, batch.keys)
                 self._reading.append(batch)
-                if len(self._reading) > 1:
+                if len(self._reading) > _AHEAD:
                     self._pass_on()
             while self._reading:
                 self._pass_on()
             self._point = replace(self._point, cursor=0, done=True)
-            self._writer.send([("SET", self._checkpoint_key, self._point.to_json())])
+            self._save()
             self._writing.append(1)
             while self._writing:
                 self._settle()
@@ -142,15 +143,15 @@ class Copier:
         while True:
             next_cursor, found = scanner.check(scanner.receive(1)[0])
             cursor = int(next_cursor)
-            gathered += [key for key in found if self._prefix.owns(key)]
+            gathered += self._prefix.owned(found)
             if gathered and (cursor == 0 or len(gathered) >= BATCH_KEYS):
                 keys = list(dict.fromkeys(gathered))
                 gathered = []
-                sizes = scanner.checked([("MEMORY", "USAGE", key) for key in keys])
+                sizes = payloads.sizes(scanner, keys)
                 if cursor:
                     scan = ("SCAN", cursor, "MATCH", self._prefix.pattern, "COUNT", SCAN_COUNT)
                     scanner.send([scan])
-                yield from self._split(keys, [size or 0 for size in sizes], cursor)
+                yield from self._split(keys, sizes, cursor)
             elif cursor:
                 scan = ("SCAN", cursor, "MATCH", self._prefix.pattern, "COUNT", SCAN_COUNT)
                 scanner.send([scan])
@@ -172,30 +173,32 @@ class Copier:
     def _pass_on(self) -> None:
         """Take the values of the oldest batch from the source and send them on."""
         batch = self._reading.popleft()
-        commands, sent = restore_commands(
-            batch.keys, payloads.answers(self._reader, len(batch.keys))
-        )
+        snapshots = payloads.answers(self._reader, len(batch.keys))
+        self._throttle.take(len(batch.keys), while_waiting=self._progress.check)
+        sent = payloads.send(self._writer, batch.keys, snapshots)
+        commands = len(batch.keys)
         point = self._point
-        point = replace(
+        self._point = replace(
             point,
             keys=point.keys + len(batch.keys),
             size=point.size + sent,
             batches=point.batches + 1,
         )
         if batch.cursor is not None:
-            point = replace(point, cursor=batch.cursor)
-            commands.append(("SET", self._checkpoint_key, point.to_json()))
-        self._throttle.take(len(batch.keys), while_waiting=self._progress.check)
-        self._writer.send(commands)
-        self._writing.append(len(commands))
-        self._point = point
-        if len(self._writing) > 1:
+            self._point = replace(self._point, cursor=batch.cursor)
+            self._save()
+            commands += 1
+        self._writing.append(commands)
+        if len(self._writing) > _AHEAD:
             self._settle()
         self._report()
 
+    def _save(self) -> None:
+        """Send the checkpoint behind the values: the server obeys one connection in order."""
+        self._writer.send([("SET", self._checkpoint_key, self._point.to_json())])
+
     def _settle(self) -> None:
-        for reply in self._writer.receive(self._writing.popleft()):
-            self._writer.check(reply)
+        self._writer.answers(self._writing.popleft())
 
     def _already_there(self, keys: list[bytes]) -> int:
         return sum(self._writer.checked([("EXISTS", key) for key in keys]))
@@ -211,27 +214,3 @@ class Copier:
             )
             total = self._point.keys if self._point.done else None
             self._progress.report("redis", "copy", self._point.keys, total, "keys", note)
-
-
-def restore_commands(
-    keys: list[bytes], snapshots: list[Snapshot | None]
-) -> tuple[list[Command], int]:
-    """Commands that make the destination equal to `snapshots`, and the bytes of their payloads."""
-    commands: list[Command] = []
-    size = 0
-    for key, snapshot in zip(keys, snapshots, strict=True):
-        if snapshot is None:
-            commands.append(("UNLINK", key))
-        else:
-            size += len(snapshot.payload)
-            commands.append(
-                (
-                    "RESTORE",
-                    key,
-                    max(snapshot.expires, 0),
-                    snapshot.payload,
-                    "REPLACE",
-                    "ABSTTL",
-                )
-            )
-    return commands, size

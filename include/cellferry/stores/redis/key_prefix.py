@@ -8,7 +8,7 @@ keys of organization 4 apart from those of organization 42 (invariant 8).
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -121,6 +121,11 @@ class KeyPrefix:
     def owns(self, key: bytes) -> bool:
         """Whether `key` is one of this organization's."""
         return key.startswith(self.encoded)
+
+    def owned(self, keys: Iterable[bytes]) -> list[bytes]:
+        """Return those of `keys` that are this organization's."""
+        head = self.encoded
+        return [key for key in keys if key.startswith(head)]
 
     def marker(self, what: str) -> str:
         """The key `cellferry:<what>:{<organization>}`: `gate`, `lease`, `checkpoint`."""

@@ -58,7 +58,7 @@ def observe(cell: Cell, organization: str, migration: int) -> Observed:
             fresh = [key for key in dict.fromkeys(page) if key not in seen]
             seen.update(fresh)
             for batch in _batches(fresh):
-                wire.send(payloads.questions(batch))
+                payloads.ask(wire, batch)
                 for key, snapshot in zip(batch, payloads.answers(wire, len(batch)), strict=True):
                     if snapshot is not None:
                         _add(sums, key, snapshot)

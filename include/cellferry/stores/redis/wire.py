@@ -185,9 +185,14 @@ class Wire(Closing):
     def checked(self, commands: Sequence[Command]) -> list[Any]:
         """Send `commands` together and return their replies; the first error reply is raised."""
         self.send(commands)
-        replies = self.receive(len(commands))
+        return self.answers(len(commands))
+
+    def answers(self, count: int) -> list[Any]:
+        """Return the next `count` replies; the first error reply is raised, after all have come."""
+        replies = self.receive(count)
         for reply in replies:
-            self.check(reply)
+            if isinstance(reply, hiredis.ReplyError):
+                self.check(reply)
         return replies
 
     def check(self, reply: Any) -> Any:
@@ -198,8 +203,12 @@ class Wire(Closing):
 
     def send(self, commands: Iterable[Command]) -> None:
         """Send `commands`; their replies are read with `receive`."""
+        self.send_packed(b"".join([_pack(command) for command in commands]))
+
+    def send_packed(self, data: bytes) -> None:
+        """Send commands that are written in the protocol already."""
         try:
-            self._socket.sendall(b"".join([_pack(command) for command in commands]))
+            self._socket.sendall(data)
         except OSError as error:
             raise self._lost(error) from error
 
