@@ -1,5 +1,11 @@
 """Registers the fixture plugins: one file for each kind of server, in `tests/fixtures`."""
 
+from hypothesis import settings
+
+# A test that searches is not to fail because the machine is slow.
+settings.register_profile("cellferry", deadline=None)
+settings.load_profile("cellferry")
+
 pytest_plugins = [
     "fixtures.postgres",
     "fixtures.valkey",
