@@ -20,6 +20,7 @@ import click
 from cellferry import __version__
 from cellferry.errors import CellferryError, InvalidInput, WrongState
 from cellferry.shards.cli import reshard
+from cellferry.simulation.cli import simulate
 
 if TYPE_CHECKING:
     from cellferry.migration import Context, ProgressEvent
@@ -31,7 +32,7 @@ _ORDER = [
     *("plan", "move", "status", "abort", "roll-back", "cleanup"),
     *("pause", "resume", "halts", "halt", "clear-halt", "reap"),
     *("copy", "sync", "verify", "cutover", "soak"),
-    *("map", "prepare-cell", "topology", "evidence", "reshard"),
+    *("map", "prepare-cell", "topology", "evidence", "simulate", "reshard"),
 ]
 
 
@@ -89,7 +90,8 @@ def main(ctx: click.Context, config: Path | None) -> None:
     ctx.obj = config
 
 
-main.add_command(reshard)  # what it needs is imported when it is used
+main.add_command(reshard)  # what they need is imported when they are used
+main.add_command(simulate)
 
 
 def _json_option(command: Command) -> Command:
