@@ -49,7 +49,9 @@ def cleanup(context: Context, migration_id: int) -> StepResult:
     # Which copy goes is decided here, and holds only while the migration is on the same side of a
     # roll-back: one that ends meanwhile must not find its own copy deleted.
     allowed = AFTER_ROLL_BACK if rolled_back else ALLOWED
-    with attempt(context, migration_id, "cleanup", allowed, returning=rolled_back) as at:
+    with attempt(
+        context, migration_id, "cleanup", allowed, returning=rolled_back, paced=True
+    ) as at:
         context.topology.may_clean(migration_id)
         if not rolled_back:
             _serve_on(at)
@@ -63,10 +65,11 @@ def cleanup(context: Context, migration_id: int) -> StepResult:
             reach(Phase.CLEANUP_ONE)
         require_released(at)
         reach(Phase.CLEANUP_ALL)
+        facts = {"cleaned": cleaned, **at.pace_facts("cleanup")}
         if rolled_back:
-            at.record({"cleaned": cleaned})
+            at.record(facts)
         else:
-            at.transition(State.COMPLETED, {"cleaned": cleaned})
+            at.transition(State.COMPLETED, facts)
         return StepResult(
             "cleanup",
             migration_id,

@@ -15,6 +15,7 @@ from typing import Any, Self
 from cellferry.errors import CellferryError, InvalidInput, Stopped, TransientError, WrongState
 from cellferry.migration.halts import judge_failure
 from cellferry.migration.options import MoveOptions
+from cellferry.migration.pacing import Pacing
 from cellferry.model import Actor, Migration, Move, Organization, Progress, State, Strategy
 from cellferry.settings import ConnectionSource, Settings, resolve
 from cellferry.stores.base import Store, StoreMove
@@ -206,6 +207,7 @@ class Attempt:
     move: Move
     stores: Mapping[str, StoreMove]
     progress: StepProgress
+    pacing: Pacing | None = None
 
     @property
     def options(self) -> MoveOptions:
@@ -226,6 +228,15 @@ class Attempt:
             reason,
         )
 
+    def pace_facts(self, step: str) -> dict[str, Any]:
+        """Return the fact `pace` with what this step's throttles decided; nothing if they did not.
+
+        Args:
+            step: the key within the fact.
+        """
+        found = self.pacing.facts() if self.pacing is not None else {}
+        return {"pace": {**self.migration.facts.get("pace", {}), step: found}} if found else {}
+
     def record(self, facts: Mapping[str, Any]) -> None:
         """Keep `facts` with the migration."""
         self.context.topology.record(self.migration.id, self.move.attempt, facts)
@@ -242,6 +253,7 @@ def attempt(
     stoppable: bool = True,
     returning: bool = False,
     taken: Callable[[int], None] | None = None,
+    paced: bool = False,
 ) -> Iterator[Attempt]:
     """Take the migration over: a new attempt in the topology, then at every store of both cells.
 
@@ -252,6 +264,7 @@ def attempt(
         stoppable: False for steps that must work while the migration is paused or halted.
         returning: for steps after the flip that go from the new cell to the old one.
         taken: told the attempt's number, for who has to know it even if a cell does not answer.
+        paced: go slowly where a cell is slow. Never for a step that freezes anything.
 
     Raises:
         WrongState: the migration's state is not in `allowed`.
@@ -276,13 +289,18 @@ def attempt(
         progress.check_now()
         with ExitStack() as stack:
             moves: dict[str, StoreMove] = {}
+            target_ms = MoveOptions.model_validate(dict(migration.options)).latency_target_ms
+            pacing = stack.enter_context(
+                Pacing(topology, context.stores, move, step, progress, target_ms if paced else 0)
+            )
             for kind, store in context.stores.items():
-                moves[kind] = stack.enter_context(store.open(move, resources, progress))
+                opened = store.open(move, resources, progress, pacing.pace(kind))
+                moves[kind] = stack.enter_context(opened)
                 moves[kind].fence()
             # Whoever slept before its fence, while another ended the migration, does no more. What
             # its fence left in the cells is the reaper's.
             progress.check_now()
-            yield Attempt(context, topology.migration(migration_id), move, moves, progress)
+            yield Attempt(context, topology.migration(migration_id), move, moves, progress, pacing)
     except CellferryError as error:
         error.organization = error.organization or migration.organization.slug
         error.step = error.step or step

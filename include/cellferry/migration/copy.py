@@ -37,7 +37,7 @@ def copy(context: Context, migration_id: int) -> StepResult:
             migration.facts.get("copied", {}),
             repeated=True,
         )
-    with attempt(context, migration_id, "copy", ALLOWED) as at:
+    with attempt(context, migration_id, "copy", ALLOWED, paced=True) as at:
         if at.migration.state is State.PLANNED:
             at.transition(State.COPYING, activity_facts(at))
         copied = {}
@@ -55,7 +55,7 @@ def copy(context: Context, migration_id: int) -> StepResult:
         else:
             summary = "nothing to copy before the gate: freeze-first copies under it"
         reach(Phase.COPY_DONE)
-        at.transition(State.SYNCING, {"copied": copied})
+        at.transition(State.SYNCING, {"copied": copied, **at.pace_facts("copy")})
         return StepResult(
             "copy", migration_id, at.move.organization.slug, at.migration.state, summary, copied
         )

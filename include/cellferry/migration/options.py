@@ -26,6 +26,14 @@ class MoveOptions(BaseModel):
     keys_per_s: float | None = Field(
         None, gt=0, le=10_000_000, description="Upper bound of copied Redis keys per second."
     )
+    latency_target_ms: float | None = Field(
+        None,
+        ge=0,
+        le=60_000,
+        description="What the p95 of small writes and reads at both cells is kept under, by moving "
+        "more slowly. Empty: derived from what they take while nothing moves there. 0: no such "
+        "throttle.",
+    )
     batch_rows: int = Field(50_000, ge=100, le=500_000, description="Rows in one batch.")
     pause_budget_ms: int = Field(
         1_000, ge=20, le=600_000, description="Longest write pause that may be predicted."

@@ -14,6 +14,8 @@ from cellferry.migration.status import Status
 from cellferry.model import Migration, State
 from cellferry.readable import size
 from cellferry.topology import Halt, HaltScope
+from cellferry.topology.pace import PaceRow
+from cellferry.topology.progress import ProgressRow
 
 
 def render_plan(report: Plan, console: Console | None = None) -> None:
@@ -79,24 +81,31 @@ def render_status(found: Status, console: Console | None = None) -> None:
             out.print(f"clean-up not before {migration.ttl_until:%Y-%m-%d %H:%M:%S} UTC")
     out.print(f"next: {found.next}")
     if found.progress:
-        table = Table("store", "phase")
-        for name in ("done", "rate", "time left"):
-            table.add_column(name, justify="right")
-        for row in found.progress:
-            unfinished = row.total is not None and row.done < row.total
-            table.add_row(
-                "" if row.store == row.phase else row.store,
-                row.phase,
-                f"{row.done:,}{f' of {row.total:,}' if unfinished else ''} {row.unit}",
-                f"{row.rate_per_s:,.0f}/s" if row.rate_per_s and row.unit != "s" else "",
-                f"{row.eta_s:,.0f} s" if row.eta_s else "",
-            )
-        out.print(table)
+        out.print(_progress_table(found.progress))
+    for pace in found.paces:
+        out.print(escape(describe_pace(pace)))
     held: dict[str, list[str]] = {}
     for one in found.resources:
         held.setdefault(f"{one.cell}/{one.store}", []).append(f"{one.kind} {one.name}")
     for place, things in sorted(held.items()):
         out.print(f"holds in {place}: {escape(', '.join(things))}")
+
+
+def _progress_table(progress: Sequence[ProgressRow]) -> Table:
+    table = Table("store", "phase")
+    for name in ("done", "rate", "time left"):
+        table.add_column(name, justify="right")
+    for row in progress:
+        unfinished = row.total is not None and row.done < row.total
+        has_rate = row.rate_per_s and row.unit != "s" and row.phase != "pace"
+        table.add_row(
+            "" if row.store == row.phase else row.store,
+            row.phase,
+            f"{row.done:,}{f' of {row.total:,}' if unfinished else ''} {row.unit}",
+            f"{row.rate_per_s:,.0f}/s" if has_rate else "",
+            f"{row.eta_s:,.0f} s" if row.eta_s else "",
+        )
+    return table
 
 
 def render_migrations(
@@ -149,6 +158,23 @@ def describe_halt(halt: Halt) -> str:
     """Return a halt with who, when and why, on one line."""
     since = f", {_moment(halt.at)} UTC" if halt.at else ""
     return f"{halt.what} by {halt.by or 'somebody'}{since}: {halt.reason}"
+
+
+def describe_pace(pace: PaceRow) -> str:
+    """Return how fast a mover may work at one cell, and what its probes saw, on one line."""
+    parts = [f"{pace.step} at {pace.cell}/{pace.store}: {pace.share:.0%} of full speed"]
+    if pace.p95_s is not None:
+        aim = "" if pace.target_s is None else f" (target {pace.target_s * 1000:.1f} ms)"
+        parts.append(f"p95 {pace.p95_s * 1000:.1f} ms{aim}")
+    if pace.lag_s is not None:
+        parts.append(f"standby {pace.lag_s:.1f} s behind")
+    if pace.log_bytes_s is not None:
+        parts.append(f"{size(int(pace.log_bytes_s))}/s of log")
+    if pace.active is not None:
+        parts.append(f"{pace.active} sessions at work")
+    if pace.note:
+        parts.append(f"last: {pace.note}")
+    return ", ".join(parts)
 
 
 def why_paused(migration: Migration) -> str:

@@ -239,7 +239,9 @@ def reverse_round(context: Context, migration_id: int) -> StepResult:
         WrongState: the migration is not retained.
     """
     retained = frozenset({State.RETAINED})
-    with attempt(context, migration_id, "reverse round", retained, returning=True) as at:
+    with attempt(
+        context, migration_id, "reverse round", retained, returning=True, paced=True
+    ) as at:
         history.follow(at)
         rounds = replay(at)
         return StepResult(

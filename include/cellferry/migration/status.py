@@ -10,6 +10,7 @@ from cellferry.migration.context import Context
 from cellferry.migration.result import plain
 from cellferry.model import LIVE_STATES, Migration, Organization, Resource, Route, State
 from cellferry.topology import Halt
+from cellferry.topology.pace import PaceRow
 
 NEXT = {
     State.PLANNED: "copy starts; aborting costs nothing",
@@ -41,6 +42,8 @@ class Status:
     progress: Sequence[Any]
     resources: Sequence[Resource]
     halts: Sequence[Halt] = ()
+    paces: Sequence[PaceRow] = ()
+    """How fast its movers may work, as each cell sees it, while they do."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON's types."""
@@ -68,6 +71,7 @@ def status(context: Context, organization: str) -> Status:
         progress=topology.progress(latest.id) if latest else (),
         resources=topology.live_resources(latest.id) if latest else (),
         halts=topology.halts_on(latest.id) if latest else (),
+        paces=topology.paces(latest.id) if latest else (),
     )
 
 

@@ -41,10 +41,10 @@ def sync(context: Context, migration_id: int) -> StepResult:
             "nothing to do",
             repeated=True,
         )
-    with attempt(context, migration_id, "sync", ALLOWED) as at:
+    with attempt(context, migration_id, "sync", ALLOWED, paced=True) as at:
         history.follow(at)
         rounds = {kind: run_rounds(at, kind, store) for kind, store in at.stores.items()}
-        at.record({"rounds": rounds})
+        at.record({"rounds": rounds, **at.pace_facts("sync")})
         summary = "; ".join(
             f"{kind}: {len(done)} rounds, last {done[-1]['applied']} keys in "
             f"{done[-1]['seconds'] * 1000:.0f} ms"

@@ -42,7 +42,7 @@ def verify(context: Context, migration_id: int) -> StepResult:
             "verified before",
             repeated=True,
         )
-    with attempt(context, migration_id, "verify", ALLOWED) as at:
+    with attempt(context, migration_id, "verify", ALLOWED, paced=True) as at:
         history.follow(at)
         evidence: Mapping[str, Verification] = {}
         if at.move.strategy is Strategy.ONLINE:
@@ -51,6 +51,7 @@ def verify(context: Context, migration_id: int) -> StepResult:
             "verified": plain(evidence),
             f"{FACT}verified": positions((at.move.source, at.move.destination), at.stores),
             "baseline": take_baseline(at),
+            **at.pace_facts("verify"),
         }
         reach(Phase.VERIFY_DONE)
         if at.migration.state is State.SYNCING:

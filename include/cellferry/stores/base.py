@@ -50,6 +50,7 @@ from cellferry.model import (
     Side,
     Verification,
 )
+from cellferry.stores.pace import FULL_SPEED, Pace, Probe
 from cellferry.stores.questions import Answer, BadQuestion, Question
 
 
@@ -97,9 +98,25 @@ class Store(ABC):
 
     @abstractmethod
     def open(
-        self, move: Move, resources: Resources, progress: Progress
+        self, move: Move, resources: Resources, progress: Progress, pace: Pace = FULL_SPEED
     ) -> AbstractContextManager[StoreMove]:
-        """Connect to both cells for one attempt at one migration; connections close on exit."""
+        """Connect to both cells for one attempt at one migration; connections close on exit.
+
+        Args:
+            move: the attempt.
+            resources: where what is made is recorded.
+            progress: where long work is reported.
+            pace: of `copy`, `sync`, `repair`, `verify` and `cleanup`. Whoever freezes gives none.
+        """
+
+    @abstractmethod
+    def probe(self, cell: Cell, move: Move) -> Probe:
+        """Return what asks this store in one cell how it does; it connects when it is first asked.
+
+        Args:
+            cell: what is asked.
+            move: for whom, which names the session.
+        """
 
     # ── for the reaper ──────────────────────────────────────────────────────────────────────────
 

@@ -1,10 +1,12 @@
-"""A token bucket: keeps the mover's own work below a rate that the operator sets."""
+"""What keeps the mover's own work small: a rate that the operator sets, and the cells' pace."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable
+
+from cellferry.stores.pace import FULL_SPEED, Pace
 
 
 class Throttle:
@@ -17,15 +19,19 @@ class Throttle:
     Args:
         per_second: units (rows, keys) a second, or None.
         burst_s: how many seconds of unused allowance may be saved up.
+        pace: rests after each piece of work besides; full speed by default.
     """
 
     #: Longest single sleep in seconds, so that a stop is noticed while a debt is paid.
     SLICE_S = 0.25
 
-    def __init__(self, per_second: float | None, *, burst_s: float = 0.1) -> None:
+    def __init__(
+        self, per_second: float | None, *, burst_s: float = 0.1, pace: Pace = FULL_SPEED
+    ) -> None:
         if per_second is not None and per_second <= 0:
             raise ValueError(f"a rate must be positive, not {per_second}")
         self.per_second = per_second
+        self.pace = pace
         self._burst_s = burst_s
         self._lock = threading.Lock()
         #: When the bucket's debt is paid, on the monotonic clock.
@@ -38,8 +44,9 @@ class Throttle:
             n: units of work that are about to be done, or have just been done.
             while_waiting: called between slices of a long sleep; what it raises ends the wait.
         """
+        rested = self.pace.breathe()
         if self.per_second is None:
-            return 0.0
+            return rested
         with self._lock:
             now = time.monotonic()
             start = max(self._free_at, now - self._burst_s)
@@ -51,4 +58,6 @@ class Throttle:
             slept += pause
             if while_waiting is not None:
                 while_waiting()
-        return slept
+        if slept:
+            self.pace.start()  # waiting is no work
+        return rested + slept

@@ -15,6 +15,7 @@ from cellferry.topology.directory import Directory
 from cellferry.topology.halts import Halts
 from cellferry.topology.heartbeat import Heartbeat
 from cellferry.topology.migrations import Migrations
+from cellferry.topology.pace import PaceBoard
 from cellferry.topology.progress import CHECK_GRACE_S, ProgressBoard, ProgressSink
 from cellferry.topology.reaping import Reaping
 from cellferry.topology.records import Records
@@ -30,6 +31,7 @@ class Topology(
     Records,
     Reaping,
     Heartbeat,
+    PaceBoard,
     ClientReports,
     Closing,
 ):

@@ -33,6 +33,9 @@ from cellferry.stores.throttle import Throttle
 
 BATCH = 20_000
 
+#: A batch at the slowest pace.
+LEAST = 500
+
 #: Keys are read so many at a time, by one statement.
 STRETCH = 200_000
 
@@ -162,9 +165,11 @@ class Cleaner:
         after: Key | None = None
         while keys := self._keys(table, after):
             after = keys[-1]
-            for start in range(0, len(keys), BATCH):
+            start = 0
+            while start < len(keys):
                 self._progress.check()
-                some = keys[start : start + BATCH]
+                some = keys[start : start + self._throttle.pace.size(BATCH, LEAST)]
+                start += len(some)
                 with self._batch():
                     deleted = self._connection.execute(
                         sql.SQL("DELETE FROM {} AS t USING {} WHERE {} AND {}").format(

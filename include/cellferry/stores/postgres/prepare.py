@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -191,8 +191,11 @@ def _alone(connection: Connection, where: str) -> Iterator[None]:
 
 
 def schema_sql() -> str:
-    """Return the text of `gate.sql`."""
-    return resources.files(__package__).joinpath("gate.sql").read_text(encoding="utf-8")
+    """Return the text of `gate.sql`, and of `probe.sql`, which needs its schema."""
+    files = resources.files(__package__)
+    return "\n".join(
+        files.joinpath(name).read_text(encoding="utf-8") for name in ("gate.sql", "probe.sql")
+    )
 
 
 def _schema_version() -> str:
@@ -218,7 +221,7 @@ def _install_schema(
     connection: Connection, progress: Progress, patience: Patience, where: str
 ) -> None:
     version = _schema_version()
-    if _installed(connection).get("schema") == version:
+    if _installed(connection).get("schema") == version and _marks_are_right(connection):
         return
 
     def install() -> None:
@@ -249,7 +252,7 @@ def _install_table(
             for trigger in (GATE_TRIGGER, CAPTURE_TRIGGER):
                 connection.execute(drop_trigger(trigger, installation.table))
             connection.execute(installation.create_row_trigger())
-        for table in _without_truncate_trigger(connection, installation.table):
+        for table in _without_truncate_trigger(connection, installation):
             _lock_table(connection, table, patience)
             connection.execute(drop_trigger(TRUNCATE_TRIGGER, table))
             connection.execute(create_truncate_trigger(table))
@@ -350,55 +353,86 @@ def _is_right(connection: Connection, installation: Installation) -> bool:
     return (
         _installed(connection).get(str(installation.table)) == installation.definition
         and _row_trigger_is_right(connection, installation)
-        and not _without_truncate_trigger(connection, installation.table)
+        and not _without_truncate_trigger(connection, installation)
     )
 
 
 def _row_trigger_is_right(connection: Connection, installation: Installation) -> bool:
     """Whether the root and every partition have the row trigger, enabled, with our function."""
-    other = CAPTURE_TRIGGER if installation.trigger == GATE_TRIGGER else GATE_TRIGGER
-    if _has_our_trigger(connection, installation.table, other):
-        return False  # the table was placed differently before
-    before = 2 if installation.timing == "BEFORE" else 0
-    row = connection.execute(
+    return _triggers(connection, (installation,))[0][0]
+
+
+def _without_truncate_trigger(connection: Connection, installation: Installation) -> list[Name]:
+    """Return the table and those of its partitions that lack the guard against TRUNCATE."""
+    return _triggers(connection, (installation,))[0][1]
+
+
+def _triggers(
+    connection: Connection, wanted: Sequence[Installation]
+) -> list[tuple[bool, list[Name]]]:
+    """Look at the triggers of all tables, in one statement.
+
+    Returns:
+        For each, whether its root and every partition have the row trigger, enabled, with our
+        function, and none of another placement; and which of them lack the guard against TRUNCATE.
+    """
+    rows = connection.execute(
         """
-        SELECT bool_and(COALESCE(
-            t.tgenabled = 'O' AND t.tgtype & 31 = 29 + %(before)s
-            AND t.tgfoid = to_regproc(%(function)s), false))
-        FROM (SELECT %(table)s::regclass AS relid
-              UNION SELECT relid FROM pg_partition_tree(%(table)s::regclass)) AS part
+        SELECT one.number, bool_and(COALESCE(
+                t.tgenabled = 'O' AND t.tgtype & 31 = 29 + one.before
+                AND t.tgfoid = to_regproc(one.function), false))
+            AND NOT bool_or(one.placed_differently),
+            array_agg(n.nspname::text ORDER BY c.relkind DESC, n.nspname, c.relname)
+                FILTER (WHERE g.oid IS NULL),
+            array_agg(c.relname::text ORDER BY c.relkind DESC, n.nspname, c.relname)
+                FILTER (WHERE g.oid IS NULL)
+        FROM (
+            SELECT number, name::regclass AS relid, trigger, function, before, EXISTS (
+                SELECT FROM pg_trigger AS o
+                WHERE o.tgrelid = name::regclass AND o.tgname = other) AS placed_differently
+            FROM unnest(%(tables)s::text[], %(triggers)s::text[], %(functions)s::text[],
+                    %(before)s::int[], %(others)s::text[]) WITH ORDINALITY
+                AS given (name, trigger, function, before, other, number)
+        ) AS one
+        CROSS JOIN LATERAL (
+            SELECT one.relid AS relid UNION SELECT relid FROM pg_partition_tree(one.relid)) AS part
         JOIN pg_class AS c ON c.oid = part.relid AND c.relkind IN ('r', 'p')
-        LEFT JOIN pg_trigger AS t ON t.tgrelid = part.relid AND t.tgname = %(trigger)s
+        JOIN pg_namespace AS n ON n.oid = c.relnamespace
+        LEFT JOIN pg_trigger AS t ON t.tgrelid = part.relid AND t.tgname = one.trigger
+        LEFT JOIN pg_trigger AS g
+            ON g.tgrelid = part.relid AND g.tgname = %(guard)s AND g.tgenabled = 'O'
+        GROUP BY one.number
         """,
         {
-            "table": installation.table.identifier.as_string(None),
-            "trigger": installation.trigger,
-            "function": f"cellferry.{installation.function}",
-            "before": before,
+            "tables": [one.table.identifier.as_string(None) for one in wanted],
+            "triggers": [one.trigger for one in wanted],
+            "functions": [f"cellferry.{one.function}" for one in wanted],
+            "before": [2 if one.timing == "BEFORE" else 0 for one in wanted],
+            # the table had this one if it was placed differently before
+            "others": [
+                CAPTURE_TRIGGER if one.trigger == GATE_TRIGGER else GATE_TRIGGER for one in wanted
+            ],
+            "guard": TRUNCATE_TRIGGER,
         },
-    ).fetchone()
-    return row == (True,)
+    ).fetchall()
+    found = {
+        number: (is_right, [Name(*one) for one in zip(schemas or (), names or (), strict=True)])
+        for number, is_right, schemas, names in rows
+    }
+    return [found.get(number, (False, [])) for number in range(1, len(wanted) + 1)]
 
 
-def _without_truncate_trigger(connection: Connection, table: Name) -> list[Name]:
-    """Return the table and those of its partitions that lack the guard against TRUNCATE."""
-    return [
-        Name(schema, name)
-        for schema, name in connection.execute(
-            """
-            SELECT n.nspname, c.relname
-            FROM (SELECT %(table)s::regclass AS relid
-                  UNION SELECT relid FROM pg_partition_tree(%(table)s::regclass)) AS part
-            JOIN pg_class AS c ON c.oid = part.relid AND c.relkind IN ('r', 'p')
-            JOIN pg_namespace AS n ON n.oid = c.relnamespace
-            WHERE NOT EXISTS (
-                SELECT FROM pg_trigger AS t WHERE t.tgrelid = part.relid
-                AND t.tgname = %(trigger)s AND t.tgenabled = 'O')
-            ORDER BY c.relkind DESC, 1, 2
-            """,
-            {"table": table.identifier.as_string(None), "trigger": TRUNCATE_TRIGGER},
-        )
-    ]
+def _marks_are_right(connection: Connection) -> bool:
+    """Whether every gate has its mark, and new ones will get theirs; without, writers pass it."""
+    return connection.execute(_MARKS).fetchone() == (True,)
+
+
+_MARKS = """
+    SELECT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = 'cellferry.gate'::regclass
+                   AND tgname = 'keep_marks' AND tgenabled = 'A')
+        AND NOT EXISTS (SELECT FROM cellferry.gate WHERE octet_length(organization) <= 60
+                        AND to_regclass(format('cellferry.%I', '@' || organization)) IS NULL)
+"""
 
 
 def is_prepared(connection: Connection, data_map: DataMap) -> list[str]:
@@ -412,15 +446,15 @@ def is_prepared(connection: Connection, data_map: DataMap) -> list[str]:
     missing = []
     if found["schema"] != _schema_version():
         missing.append("the newest version of schema cellferry")
-    for one in installations(data_map):
-        if not _row_trigger_is_right(connection, one):
+    elif not _marks_are_right(connection):
+        missing.append("the mark of a gate")
+    wanted = installations(data_map)
+    for one, (is_right, unguarded) in zip(wanted, _triggers(connection, wanted), strict=True):
+        if not is_right:
             missing.append(f"trigger {one.trigger} on {one.table} (missing or disabled)")
         elif found.get(str(one.table)) != one.definition:
             missing.append(f"the newest version of the gate of {one.table}")
-        missing.extend(
-            f"trigger {TRUNCATE_TRIGGER} on {table}"
-            for table in _without_truncate_trigger(connection, one.table)
-        )
+        missing.extend(f"trigger {TRUNCATE_TRIGGER} on {table}" for table in unguarded)
     return missing
 
 
@@ -477,9 +511,10 @@ _OWN_GRANTS = sql.SQL(
     GRANT SELECT, INSERT, UPDATE, DELETE ON
         cellferry.gate, cellferry.key_log, cellferry.lease, cellferry.checkpoint,
         cellferry.imported_row TO {role};
+    GRANT SELECT, UPDATE ON cellferry.probe TO {role};
     GRANT USAGE ON SEQUENCE cellferry.lock_number TO {role};
     GRANT EXECUTE ON FUNCTION cellferry.open_transactions(), cellferry.gate_holders(bigint),
-        cellferry.standbys() TO {role};
+        cellferry.standbys(), cellferry.load() TO {role};
     """
 )
 
@@ -490,6 +525,9 @@ _HAS_OWN_GRANTS = """
         AND has_function_privilege(%(role)s, 'cellferry.open_transactions()', 'EXECUTE')
         AND has_function_privilege(%(role)s, 'cellferry.gate_holders(bigint)', 'EXECUTE')
         AND has_function_privilege(%(role)s, 'cellferry.standbys()', 'EXECUTE')
+        AND has_function_privilege(%(role)s, 'cellferry.load()', 'EXECUTE')
+        AND has_table_privilege(%(role)s, 'cellferry.probe', 'SELECT')
+        AND has_table_privilege(%(role)s, 'cellferry.probe', 'UPDATE')
     FROM unnest(ARRAY['gate', 'key_log', 'lease', 'checkpoint', 'imported_row']) AS name,
         unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege
 """
@@ -644,6 +682,7 @@ def _take_out(
         JOIN pg_namespace AS n ON n.oid = c.relnamespace
         JOIN pg_proc AS p ON p.oid = t.tgfoid
         WHERE p.pronamespace = 'cellferry'::regnamespace AND t.tgparentid = 0
+            AND n.nspname <> 'cellferry'
             AND COALESCE(pg_partition_root(c.oid), c.oid) <> ALL(%s::regclass[])
         GROUP BY 1, 2, c.relkind ORDER BY c.relkind, 1, 2
         """,

@@ -142,7 +142,8 @@ class Rounds:
             VerificationFailed: what was applied differs; nothing was committed.
             LeaseLost: another attempt took over.
         """
-        return self._run(max_keys, MAX_LOG_ROWS, before_commit, forget=True)
+        max_rows = min(MAX_LOG_ROWS, max_keys * (MAX_LOG_ROWS // MAX_KEYS))
+        return self._run(max_keys, max_rows, before_commit, forget=True)
 
     def run_last(self, before_commit: Callable[[], None]) -> tuple[Round, Applied]:
         """Apply everything that is dirty, however much: the round under the gate.

@@ -40,6 +40,7 @@ from cellferry.model import (
     Verification,
 )
 from cellferry.stores.base import Store, StoreMove
+from cellferry.stores.pace import FULL_SPEED, Pace, Paced
 from cellferry.stores.postgres import (
     cell_conditions,
     checkpoints,
@@ -63,6 +64,7 @@ from cellferry.stores.postgres.cleaner import Cleaner
 from cellferry.stores.postgres.copier import Copier
 from cellferry.stores.postgres.crossings import find_crossings
 from cellferry.stores.postgres.examination import Examination, Site, examples
+from cellferry.stores.postgres.probe import PostgresProbe
 from cellferry.stores.postgres.references import ReferencedRows
 from cellferry.stores.postgres.repair import BUCKETS, Repairer
 from cellferry.stores.postgres.rounds import Rounds
@@ -73,11 +75,15 @@ from cellferry.stores.postgres.transactions import write
 from cellferry.stores.postgres.verifier import Verifier
 from cellferry.stores.postgres.wire import Wire, wires
 from cellferry.stores.questions import Answer, Question
+from cellferry.stores.throttle import Throttle
 
 KIND = "postgres"
 
 #: Log rows that are deleted in one transaction when a log is given up.
 LOG_BATCH = 50_000
+
+#: Least keys of one part of a round, where the cells ask for a slow pace.
+PART_KEYS = 500
 
 #: Names the checkpoint that says of which attempt the destination has the last delta.
 LAST_DELTA = "last delta of attempt"
@@ -169,13 +175,19 @@ class PostgresStore(Store):
         questions.statement(question)
 
     @contextmanager
-    def open(self, move: Move, resources: Resources, progress: Progress) -> Iterator[StoreMove]:
+    def open(
+        self, move: Move, resources: Resources, progress: Progress, pace: Pace = FULL_SPEED
+    ) -> Iterator[StoreMove]:
         """Give this store's part of one attempt; connections are made when first needed."""
-        opened = PostgresMove(self, move, resources, progress)
+        opened = PostgresMove(self, move, resources, progress, pace)
         try:
             yield opened
         finally:
             opened.close()
+
+    def probe(self, cell: Cell, move: Move) -> PostgresProbe:
+        """Return what asks the cell's server how it does; see `Store.probe`."""
+        return PostgresProbe(cell, move)
 
 
 class PostgresMove(StoreMove):
@@ -184,9 +196,15 @@ class PostgresMove(StoreMove):
     asks_early: ClassVar[bool] = True
 
     def __init__(
-        self, store: PostgresStore, move: Move, resources: Resources, progress: Progress
+        self,
+        store: PostgresStore,
+        move: Move,
+        resources: Resources,
+        progress: Progress,
+        pace: Pace = FULL_SPEED,
     ) -> None:
         self.move = move
+        self._pace = pace
         self._store = store
         self._resources = resources
         self._progress = progress
@@ -404,21 +422,40 @@ class PostgresMove(StoreMove):
 
     def copy(self) -> Copied:
         """Copy everything from the last checkpoints on."""
+        self._pace.start()
         with self._errors():
             return self._copier().run()
 
     def sync(self) -> Round:
-        """Run one round."""
-        with self._errors():
-            return self._round()
+        """Run one round; at a slow pace in parts, so that none holds its locks for longer.
 
-    def _round(self) -> Round:
+        The rests between them are not counted: they tell nothing of the next pause.
+        """
+        self._pace.start()
+        done = Round(0, 0, 0, 0.0)
+        with self._errors():
+            while True:
+                at_most = self._pace.size(rounds.MAX_KEYS, PART_KEYS)
+                part = self._round(at_most)
+                done = Round(
+                    done.applied + part.applied,
+                    part.remaining,
+                    done.bytes + part.bytes,
+                    done.seconds + part.seconds,
+                )
+                self._pace.breathe()
+                if part.applied < at_most or done.applied >= rounds.MAX_KEYS:
+                    return done
+                self._progress.check()
+
+    def _round(self, max_keys: int = rounds.MAX_KEYS) -> Round:
         if not self.move.returning:
-            done, _ = self._rounds().run()
+            done, _ = self._rounds().run(max_keys=max_keys)
             return done
         gate.hold_capture(self._source, self.move)
         done, _ = self._rounds().run(
-            before_commit=lambda: gate.hold_retained(self._destination, self.move)
+            max_keys=max_keys,
+            before_commit=lambda: gate.hold_retained(self._destination, self.move),
         )
         return done
 
@@ -444,7 +481,7 @@ class PostgresMove(StoreMove):
                     self.move,
                     refuses_crossings=not self._crossings_allowed,
                 ),
-                self._progress,
+                Paced(self._progress, self._pace),
                 before_commit=(
                     (lambda: gate.hold_retained(self._destination, self.move))
                     if self.move.returning
@@ -472,6 +509,7 @@ class PostgresMove(StoreMove):
 
     def verify(self) -> Verification:
         """Compare everything; a success is what a layout is compared with later."""
+        self._pace.start()
         with self._errors():
             before = self._read_layouts()
             found = self._verifier().run()
@@ -503,7 +541,11 @@ class PostgresMove(StoreMove):
             self._wires,
             self.move,
             self._progress,
+            self._paced_throttle(),
         )
+
+    def _paced_throttle(self) -> Throttle:
+        return Throttle(self.move.throttle.rows_per_s, pace=self._pace)
 
     def _rounds(self) -> Rounds:
         # While an organization only could come back, whether its rows refer to others' is nobody's
@@ -519,7 +561,12 @@ class PostgresMove(StoreMove):
 
     def _verifier(self, **arguments: Any) -> Verifier:
         return Verifier(
-            self._source, self._destination, self._scope, self.move, self._progress, **arguments
+            self._source,
+            self._destination,
+            self._scope,
+            self.move,
+            Paced(self._progress, self._pace),
+            **arguments,
         )
 
     def _read_layouts(self) -> dict[Side, str]:
@@ -818,7 +865,15 @@ class PostgresMove(StoreMove):
             else:
                 if self.move.returning and side is Side.SOURCE:
                     self._give_up_shared_rows()
-                cleaner = Cleaner(connection, self._scope, self.move, side, self._progress)
+                cleaner = Cleaner(
+                    connection,
+                    self._scope,
+                    self.move,
+                    side,
+                    self._progress,
+                    self._paced_throttle(),
+                )
+                self._pace.start()
                 cleaned = cleaner.run()
                 gate.remove(connection, self.move)
         self._retire(side)

@@ -47,12 +47,14 @@ from cellferry.model import (
 )
 from cellferry.phases import Phase, reach
 from cellferry.stores import base
+from cellferry.stores.pace import FULL_SPEED, Pace, Paced
 from cellferry.stores.questions import Answer, Question
 from cellferry.stores.redis import acl_users, inventory, leftovers, questions
 from cellferry.stores.redis.comparison import Applied, Pair, scan, settle
 from cellferry.stores.redis.copier import Copier
 from cellferry.stores.redis.gate import Gate, Marker
 from cellferry.stores.redis.key_prefix import MARKERS, KeyPrefix, application_user
+from cellferry.stores.redis.probe import RedisProbe
 from cellferry.stores.redis.tracking import Feed
 from cellferry.stores.redis.verifier import Verifier
 from cellferry.stores.redis.wire import Address, Command, ServerError, Wire
@@ -166,13 +168,19 @@ class RedisStore(base.Store):
         questions.words(question)
 
     @contextmanager
-    def open(self, move: Move, resources: Resources, progress: Progress) -> Iterator[RedisMove]:
+    def open(
+        self, move: Move, resources: Resources, progress: Progress, pace: Pace = FULL_SPEED
+    ) -> Iterator[RedisMove]:
         """Prepare one attempt; connections are made when they are needed and close on exit."""
-        redis_move = RedisMove(move, resources, progress)
+        redis_move = RedisMove(move, resources, progress, pace)
         try:
             yield redis_move
         finally:
             redis_move.close()
+
+    def probe(self, cell: Cell, move: Move) -> RedisProbe:
+        """Return what asks the cell's server how it does; see `Store.probe`."""
+        return RedisProbe(_admin_address(cell), move)
 
     def leftovers(self, cell: Cell) -> tuple[Leftover, ...]:
         """Return everything of cellferry's in a cell; see `Store.leftovers`."""
@@ -267,12 +275,15 @@ class _Deadline:
 class RedisMove(base.StoreMove):
     """The keys' part of one attempt at one migration."""
 
-    def __init__(self, move: Move, resources: Resources, progress: Progress) -> None:
+    def __init__(
+        self, move: Move, resources: Resources, progress: Progress, pace: Pace = FULL_SPEED
+    ) -> None:
         self.move = move
+        self._pace = pace
         self._resources = resources
         self._progress = progress
         self._prefix = self._agreed_prefix()
-        self._throttle = Throttle(move.throttle.keys_per_s)
+        self._throttle = Throttle(move.throttle.keys_per_s, pace=pace)
         self._gates: dict[Side, Gate] = {}
         self._wires: dict[tuple[Side, str], Wire] = {}
         self._users: dict[tuple[Side, bool], Address] = {}
@@ -369,6 +380,7 @@ class RedisMove(base.StoreMove):
         """
         self._require_importing()
         self._connect_copier()
+        self._pace.start()
         run_id = inventory.server_facts(self._gate(Side.SOURCE).admin)["run_id"]
         return Copier(
             self._wire(Side.SOURCE, "scan"),
@@ -387,13 +399,15 @@ class RedisMove(base.StoreMove):
         """One round over the dirty keys.
 
         A feed lives in this process only. The first call, and one after the feed was lost,
-        compares both sides completely and repairs what differs.
+        compares both sides completely and repairs what differs. Rests are not counted: they tell
+        nothing of the next pause.
         """
-        started = time.monotonic()
+        self._pace.start()
+        started = time.monotonic() - self._pace.rested_s
         if self.move.returning and not self._can_be_read_by(Side.DESTINATION, writer=Side.SOURCE):
             note = "the old cell's engine is older: it cannot follow the new one"
             self._progress.report(KIND, "reverse", 0, None, "keys", note)
-            return Round(0, 0, 0, time.monotonic() - started)
+            return Round(0, 0, 0, 0.0)
         applied = self._follow()
         total = self._round(ROUND_KEYS)
         feed = self._feed_alive()
@@ -401,12 +415,13 @@ class RedisMove(base.StoreMove):
             applied.keys + total.keys,
             len(feed),
             applied.size + total.size,
-            time.monotonic() - started,
+            time.monotonic() - self._pace.rested_s - started,
         )
 
     @_verb
     def repair(self) -> Repaired:
         """Compare every key and bring over what differs, whatever was compared before."""
+        self._pace.start()
         started = time.monotonic()
         if self.move.returning and not self._can_be_read_by(Side.DESTINATION, writer=Side.SOURCE):
             return Repaired(0, 0, 0.0)
@@ -422,6 +437,7 @@ class RedisMove(base.StoreMove):
     @_verb
     def verify(self) -> Verification:
         """Compare everything on both sides, while writers write."""
+        self._pace.start()
         self._follow()
         self._round(ROUND_KEYS)
         feed = self._feed_alive()
@@ -429,7 +445,7 @@ class RedisMove(base.StoreMove):
             self._following(),
             is_dirty=feed.__contains__,
             barrier=lambda: feed.barrier(BARRIER_S),
-            progress=self._progress,
+            progress=Paced(self._progress, self._pace),
         ).run()
 
     # --- cutover -----------------------------------------------------------------------------
@@ -870,7 +886,8 @@ class RedisMove(base.StoreMove):
     def _delete_keys(self, side: Side, gate: Gate) -> int:
         scanner = self._wire(side, "clean-scan")
         writer = self._wire(side, "clean", writer=True)
-        pace = Throttle(self.move.throttle.keys_per_s or CLEANUP_KEYS_PER_S)
+        self._pace.start()
+        pace = Throttle(self.move.throttle.keys_per_s or CLEANUP_KEYS_PER_S, pace=self._pace)
         gate_key = self._prefix.marker("gate")
         deleted = 0
         while True:
