@@ -448,8 +448,8 @@ def _section(
                 why=""
                 if ours <= theirs
                 else f"servers, client and neighbours share {os.cpu_count()} cores: a command"
-                f" waits for the processor as well; without any copy the p99 is {max(p99[IDLE]):.2f}"
-                " ms",
+                " waits for the processor as well; without any copy the p99 is"
+                f" {max(p99[IDLE]):.2f} ms",
             ),
         ),
         (
