@@ -17,7 +17,7 @@ from cellferry.cli import main
 from cellferry.errors import InvalidInput
 from cellferry.simulation import cohorts, rates, report, simulator
 from cellferry.simulation.cohorts import Options, Scenario, Spread
-from cellferry.simulation.rates import Cost, Orchestration, Rates, StageRates
+from cellferry.simulation.rates import Cost, Rates, StageRates
 
 ROWS_PER_S = 100_000
 
@@ -274,21 +274,70 @@ def test_measured_rates_come_back_from_the_table_they_were_written_to(tmp_path: 
     (tmp_path / "simulation.json").write_text(json.dumps(content), encoding="utf-8")
     (tmp_path / "broken.json").write_text("{", encoding="utf-8")
     (tmp_path / "other.json").write_text('{"tables": 3, "circumstances": {}}', encoding="utf-8")
-    costs = {"scheduler_s": 0.1, "task_s": 0.4, "latency_s": 0.0, "run_s": 2.0}
-    table = {
-        "title": rates.ORCHESTRATION_TABLE,
-        "headings": list(costs),
-        "rows": [list(costs.values())],
+    parts = [
+        ["tasks", 1.0, 0.5, 1.0, 0.4],
+        ["scheduler", 0.25, 0.1, 0.25, None],
+        ["API server", 0.4, 0.1, 0.4, None],
+        ["PostgreSQL: topology, metadata", 0.5, 0.1, 0.5, 0.1],
+        ["PostgreSQL: cells", 3.0, 0.3, 3.0, 2.0],
+        ["Valkey", 0.1, 0.1, 0.1, 0.1],
+        ["fleet: watch and reaper", 0.2, 0.1, 0.2, None],
+        ["all", 4.65, 1.0, 4.65, 3.4],
+    ]
+    content = {
+        "circumstances": {"when": "2026-11-21 16:20 UTC"},
+        "tables": [
+            {
+                "title": "Organizations per hour",
+                "headings": ["", "organizations", "processes each"],
+                "rows": [["1 run of 10", 10, 3.0], ["8 runs of 25", 200, 2.0], ["alone", 60, None]],
+            },
+            {
+                "title": "Where the processor time goes: 8 runs of 25",
+                "headings": ["part", "CPU-s for each organization", "share", "beside", "alone"],
+                "rows": parts,
+            },
+        ],
     }
-    content = {"circumstances": {"when": "2026-11-21 16:20 UTC"}, "tables": [table]}
     (tmp_path / "orchestration.json").write_text(json.dumps(content), encoding="utf-8")
     found = rates.measured(tmp_path)
     assert found.stages == stages
-    assert found.orchestration == Orchestration(**costs)
+    assert found.orchestration.scheduler_s == pytest.approx(0.125)
+    assert found.orchestration.task_s == pytest.approx((1.0 - 0.4 + 0.4 + 0.5 - 0.1) / 2)
     assert found.origins["copy"] == "measured (simulation.json, 2026-11-21 16:30 UTC)"
     filled = found.over(rates.defaults())
     assert filled.origins["plan"] == rates.DEFAULT_ORIGIN
     assert filled.of("copy") == stages["copy"]
+
+
+def test_a_million_rows_cost_what_a_large_organization_cost(tmp_path: Path) -> None:
+    content = {
+        "circumstances": {"when": "2026-11-21 16:10 UTC"},
+        "tables": [
+            {"title": "", "headings": ["another"], "rows": [["table"]]},
+            {
+                "title": "",
+                "headings": [
+                    *("Contender", "rows", "wall s", "rows/s"),
+                    *("CPU s: client", "source", "destination"),
+                ],
+                "rows": [
+                    ["psql", 2_000_000, 8.0, 250_000, 1.0, 2.0, 6.0],
+                    ["cellferry, with checkpoints", 2_000_000, 10.0, 200_000, 2.0, 3.0, 7.0],
+                ],
+            },
+        ],
+    }
+    (tmp_path / "copying.json").write_text(json.dumps(content), encoding="utf-8")
+    (tmp_path / "verifying.json").write_text('{"tables": [], "circumstances": {}}', "utf-8")
+    (tmp_path / "redis_copy.json").write_text("no JSON", encoding="utf-8")
+    known = rates.defaults()
+    found = rates.refined(known, tmp_path)
+    slope = found.of("copy").per_million_rows
+    assert slope == Cost(seconds=5.0, mover=1.0, source=1.5, destination=3.5)
+    assert found.of("copy").fixed == known.of("copy").fixed
+    assert found.of("verify") == known.of("verify")
+    assert "copying.json" in found.origins["copy per million rows"]
 
 
 def test_where_nothing_was_measured_the_defaults_say_so(tmp_path: Path) -> None:

@@ -52,7 +52,8 @@ def simulate(
         _write(write, cohorts.example())
         return
     scenario = cohorts.load(file).narrowed(only, on, seed)
-    used = scenario.rates_over(rates.measured(benchmarks).over(rates.defaults()))
+    known = rates.measured(benchmarks).over(rates.defaults())
+    used = scenario.rates_over(rates.refined(known, benchmarks))
     found = simulator.forecast(scenario, used, together=together)
     if as_json:
         answer = {"forecasts": [one.as_dict() for one in found], "rates": dict(used.origins)}

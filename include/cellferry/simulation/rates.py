@@ -27,12 +27,27 @@ PARTS = ("mover", "source", "destination", "topology")
 TABLE = "Rates"
 """Title of the table of measured rates in `simulation.json`."""
 
-ORCHESTRATION_TABLE = "Rates of the orchestration"
-"""Title of a table with the fields of `Orchestration` as headings and one row, in any section."""
+AIRFLOW_TABLE, WAVES_TABLE = "Where the processor time goes: ", "Organizations per hour"
+"""Titles in `orchestration.json`; after the first one comes the name of a row of the second."""
+
+_SCHEDULER = "scheduler"
+_NOT_AIRFLOW = ("PostgreSQL: cells", "Valkey", "fleet", "all")
+"""How the names of parts begin that are no part of Airflow."""
+
+_OF_POSTGRES = ("rows", "wall s", "CPU s: client", "source", "destination")
+_OF_REDIS = ("Keys", "Seconds", "CPU client s", "CPU source s", "CPU destination s")
+LARGE = {
+    "copying": ("copy", "per_million_rows", _OF_POSTGRES),
+    "verifying": ("verify", "per_million_rows", _OF_POSTGRES),
+    "redis_copy": ("copy", "per_million_keys", _OF_REDIS),
+}
+"""Sections that measure one large organization: the step, of what, and the columns with the count,
+the seconds and the processor seconds of mover, source and destination."""
 
 DEFAULT_ORIGIN = "default (default_rates.yaml)"
 
 _MILLION = 1e6
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError)
 
 
 class Cost(BaseModel):
@@ -97,7 +112,7 @@ class Rates(BaseModel):
 
     def of(self, stage: str) -> StageRates:
         """Return the rates of a step; what nobody measured costs nothing."""
-        return self.stages.get(stage, StageRates())
+        return rates_of(self.stages, stage)
 
     def over(self, other: Rates) -> Rates:
         """Return these, and the other's for what these do not say."""
@@ -131,25 +146,78 @@ def measured(folder: Path) -> Rates:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             told = _read(content, f"measured ({path.name}, {content['circumstances']['when']})")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (*_UNREADABLE, StopIteration):
             continue
         found = found.over(told)
     return found
 
 
-def _read(content: Mapping[str, Any], origin: str) -> Rates:
-    stages: dict[str, StageRates] = {}
-    origins: dict[str, str] = {}
-    orchestration = Orchestration()
+def refined(rates: Rates, folder: Path) -> Rates:
+    """Return rates with the slopes that were measured with one large organization.
+
+    Small organizations say what a step costs at least, and little of what a million rows cost. What
+    cannot be read is passed over, as in `measured`.
+    """
+    stages, origins = dict(rates.stages), dict(rates.origins)
+    for name, (stage, of, columns) in LARGE.items():
+        path = folder / f"{name}.json"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            cost = _slope(content, columns)
+            origin = f"measured ({path.name}, {content['circumstances']['when']})"
+        except _UNREADABLE:
+            continue
+        if cost is not None:
+            stages[stage] = rates_of(stages, stage).model_copy(update={of: cost})
+            origins[f"{stage} {of.replace('_', ' ')}"] = origin
+    return rates.model_copy(update={"stages": stages, "origins": origins})
+
+
+def rates_of(stages: Mapping[str, StageRates], stage: str) -> StageRates:
+    """Return the rates of a step; what nobody measured costs nothing."""
+    return stages.get(stage, StageRates())
+
+
+def _slope(content: Mapping[str, Any], columns: Sequence[str]) -> Cost | None:
+    """Return what a million cost in the row of cellferry, from the first table that has one."""
     for table in content["tables"]:
+        for values in table["rows"]:
+            row = dict(zip(table["headings"], values, strict=True))
+            if str(values[0]).startswith("cellferry") and set(columns) <= set(row):
+                count, *costs = (float(row[name]) for name in columns)
+                named = dict(zip(COST_FIELDS, costs, strict=False))
+                return Cost(**{name: cost / count * _MILLION for name, cost in named.items()})
+    return None
+
+
+def _read(content: Mapping[str, Any], origin: str) -> Rates:
+    tables = {table["title"]: table for table in content["tables"]}
+    if TABLE in tables:
+        table = tables[TABLE]
         rows = [dict(zip(table["headings"], row, strict=True)) for row in table["rows"]]
-        if table["title"] == TABLE:
-            stages = from_rows(rows)
-            origins |= dict.fromkeys(stages, origin)
-        elif table["title"] == ORCHESTRATION_TABLE and len(rows) == 1:
-            orchestration = Orchestration.model_validate(rows[0])
-            origins["orchestration"] = origin
-    return Rates(stages=stages, orchestration=orchestration, origins=origins)
+        stages = from_rows(rows)
+        return Rates(stages=stages, origins=dict.fromkeys(stages, origin))
+    for title, table in tables.items():
+        if title.startswith(AIRFLOW_TABLE) and WAVES_TABLE in tables:
+            wave = title.removeprefix(AIRFLOW_TABLE)
+            return Rates(
+                orchestration=_airflow(table, tables[WAVES_TABLE], wave),
+                origins={"orchestration": origin},
+            )
+    return Rates()
+
+
+def _airflow(parts: Mapping[str, Any], waves: Mapping[str, Any], wave: str) -> Orchestration:
+    """Return what Airflow costs: its parts, less what the steps use of them without it."""
+    place = list(waves["headings"]).index("processes each")
+    processes = next(float(row[place]) for row in waves["rows"] if row[0] == wave)
+    each = {str(row[0]): float(row[1]) - float(row[-1] or 0) for row in parts["rows"]}
+    around = sum(cost for name, cost in each.items() if not name.startswith(_NOT_AIRFLOW))
+    scheduler = each[_SCHEDULER]
+    return Orchestration(
+        scheduler_s=scheduler / processes,
+        task_s=max(0.0, around - scheduler) / processes,
+    )
 
 
 def from_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, StageRates]:
