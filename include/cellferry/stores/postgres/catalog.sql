@@ -104,7 +104,7 @@ SELECT t.oid::bigint AS oid,
 FROM pg_type AS t
 JOIN pg_namespace AS n ON n.oid = t.typnamespace
 WHERE NOT starts_with(n.nspname, 'pg_')
-  AND n.nspname <> 'information_schema';
+  AND n.nspname NOT IN ('information_schema', 'cellferry');
 
 -- name: constraints
 SELECT k.conrelid::bigint AS relation,

@@ -42,6 +42,82 @@ CREATE INDEX IF NOT EXISTS gate_armed ON cellferry.gate (organization) WHERE arm
 -- SHARE does not overlook (see `enter`), while a new attempt stays one that it does.
 CREATE UNIQUE INDEX IF NOT EXISTS gate_state ON cellferry.gate (organization, state);
 
+-- Which organizations may have a gate: a hint that costs a trigger no query. Each is also an empty
+-- type "@<organization>", because the server answers by itself, from a cache that every commit keeps
+-- right, whether a name exists. A mark without a gate costs a look; a gate without a mark would let
+-- writers pass unseen, so marks are made by a trigger of the gate's own table.
+CREATE TABLE IF NOT EXISTS cellferry.mark (
+    organization text PRIMARY KEY,
+    gone xid8 -- what removed the gate; NULL while there is one
+);
+
+CREATE OR REPLACE FUNCTION cellferry.put_mark(p_organization text) RETURNS void
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    -- A name holds 63 bytes. Triggers take longer ones for marked.
+    IF octet_length(p_organization) > 60 THEN
+        RETURN;
+    END IF;
+    INSERT INTO cellferry.mark AS mark (organization) VALUES (p_organization)
+        ON CONFLICT (organization) DO UPDATE SET gone = NULL WHERE mark.gone IS NOT NULL;
+    IF to_regclass(format('cellferry.%I', '@' || p_organization)) IS NULL THEN
+        EXECUTE format('CREATE TYPE cellferry.%I AS ()', '@' || p_organization);
+    END IF;
+END $$;
+
+-- Take away marks of gates that no snapshot shows any more: a transaction that keeps an older one
+-- still has to be told by `enter` that the organization went.
+CREATE OR REPLACE FUNCTION cellferry.sweep_marks() RETURNS void
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    candidates cellferry.mark[];
+    candidate cellferry.mark;
+    oldest int;
+BEGIN
+    -- In this order: who takes a snapshot after this one sees that these gates are gone.
+    candidates := ARRAY(SELECT mark FROM cellferry.mark WHERE gone IS NOT NULL LIMIT 100);
+    -- Without this right the oldest snapshot is not told; the marks stay.
+    IF cardinality(candidates) = 0 OR NOT pg_has_role('pg_read_all_stats', 'USAGE') THEN
+        RETURN;
+    END IF;
+    PERFORM pg_stat_clear_snapshot();
+    SELECT COALESCE(max(age(backend_xmin)), 0) INTO oldest FROM pg_stat_activity
+        WHERE datname = current_database();
+    FOREACH candidate IN ARRAY candidates LOOP
+        IF age(candidate.gone::xid) > oldest THEN
+            DELETE FROM cellferry.mark WHERE organization = candidate.organization;
+            EXECUTE format('DROP TYPE IF EXISTS cellferry.%I', '@' || candidate.organization);
+        END IF;
+    END LOOP;
+END $$;
+
+CREATE OR REPLACE FUNCTION cellferry.keep_marks() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    -- One at a time; to get a lock is also to learn of what others made and dropped.
+    LOCK TABLE cellferry.mark IN SHARE ROW EXCLUSIVE MODE;
+    IF TG_OP <> 'INSERT' THEN
+        UPDATE cellferry.mark SET gone = pg_current_xact_id() WHERE organization = OLD.organization;
+    END IF;
+    IF TG_OP <> 'DELETE' THEN
+        PERFORM cellferry.put_mark(NEW.organization);
+    END IF;
+    PERFORM cellferry.sweep_marks();
+    RETURN NULL;
+END $$;
+CREATE OR REPLACE TRIGGER keep_marks AFTER INSERT OR DELETE OR UPDATE OF organization
+    ON cellferry.gate FOR EACH ROW EXECUTE FUNCTION cellferry.keep_marks();
+-- a mover's session may have the replica role
+ALTER TABLE cellferry.gate ENABLE ALWAYS TRIGGER keep_marks;
+LOCK TABLE cellferry.mark IN SHARE ROW EXCLUSIVE MODE;
+SELECT cellferry.put_mark(organization) FROM cellferry.gate;
+
 -- Keys that changed. Append-only; a round deletes exactly the rows that it saw.
 CREATE TABLE IF NOT EXISTS cellferry.key_log (
     id bigint GENERATED ALWAYS AS IDENTITY,
@@ -222,7 +298,8 @@ BEGIN
 END $$;
 
 -- Who has a transaction open in this database. A transaction without an id has written nothing, and
--- without a snapshot will see all that is committed by now. The mover may not see this of others by
+-- without a snapshot will see all that is committed by now. One that holds a writer's lock on a table
+-- counts as one that has written: it need not look for new marks before it writes there. The mover may not see this of others by
 -- itself, and gets no more of it than what names a blocker: no statements.
 CREATE OR REPLACE FUNCTION cellferry.open_transactions()
 RETURNS TABLE (
@@ -231,10 +308,15 @@ RETURNS TABLE (
 ) LANGUAGE sql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $$
-    SELECT l.virtualtransaction, a.pid, a.backend_xid IS NOT NULL, a.backend_xmin IS NOT NULL,
+    WITH held AS MATERIALIZED (SELECT * FROM pg_locks)
+    SELECT l.virtualtransaction, a.pid,
+           a.backend_xid IS NOT NULL OR EXISTS (
+               SELECT FROM held AS h WHERE h.pid = a.pid AND h.locktype = 'relation'
+                   AND h.mode = 'RowExclusiveLock' AND h.granted),
+           a.backend_xmin IS NOT NULL,
            a.application_name, a.usename,
            clock_timestamp() - a.xact_start, clock_timestamp() - a.query_start
-    FROM pg_locks AS l JOIN pg_stat_activity AS a ON a.pid = l.pid
+    FROM held AS l JOIN pg_stat_activity AS a ON a.pid = l.pid
     WHERE l.locktype = 'virtualxid' AND l.mode = 'ExclusiveLock' AND l.granted
         AND a.datname = current_database() AND a.pid <> pg_backend_pid()
         AND a.backend_type NOT IN ('autovacuum worker', 'parallel worker')

@@ -1,8 +1,10 @@
 """The trigger function of each table: looks for the organization's gate, and passes it.
 
 Each is generated for its table, so that it holds no dynamic SQL and its plans stay cached. What
-runs for an organization that does not move is one look into `cellferry.gate` by its primary key;
-everything else is in `gate.sql`. The decision and its measurements: `docs/decisions/0001`.
+runs for an organization that does not move is one expression: whether it has a mark (see
+`gate.sql`), which needs no query. Where there is one, `cellferry.gate` is looked into by its
+primary key; everything else is in `gate.sql`. The decision and its measurements are in
+`docs/decisions/0001`.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import LiteralString
 
 from psycopg import sql
 
@@ -26,6 +29,9 @@ CAPTURE_TRIGGER = "zz_cellferry_capture"
 """On referenced tables: records keys and refuses nothing."""
 
 TRUNCATE_TRIGGER = "zz_cellferry_truncate"
+
+_PLAIN_TYPES = frozenset({"smallint", "integer", "bigint", "uuid"})
+"""Types of organizations' keys whose text never needs quotes in a name."""
 
 _QUALIFIED_TYPE = re.compile(r'^("(?:[^"]|"")+"|[^".\s]+)\.')
 
@@ -102,7 +108,8 @@ def function_name(kind: str, table: Name) -> str:
 
 def _gate(data_map: DataMap, table: Table, *, is_parent: bool) -> Installation:
     if table.has_direct_owner:
-        body = sql.Composed([_DIRECT_LOOK.format(**_words(table)), _pass_gate(table, is_parent)])
+        look = _DIRECT_LOOK.format(**_words(table), **_hints(table))
+        body = sql.Composed([look, _pass_gate(table, is_parent)])
         options: sql.Composable = sql.SQL("")
     else:
         body = sql.Composed([_path_look(table), _pass_gate(table, is_parent)])
@@ -163,10 +170,14 @@ _RETURN = sql.SQL(
 """
 )
 
-# The row carries its organization. Nearly every call ends at the first or third RETURN. Operators
-# are qualified instead of setting a search path: a SET clause costs more than the look.
+# The row carries its organization. Nearly every call ends at the first RETURN; it is one
+# expression, because each is made ready anew in every transaction. Operators are qualified instead
+# of setting a search path: a SET clause costs more than the look.
 _DIRECT_LOOK = sql.SQL(
     """
+    IF ({same} OR TG_OP OPERATOR(pg_catalog.=) 'INSERT') AND {unmarked} THEN
+        RETURN NEW;
+    END IF;
     IF TG_OP = 'INSERT' THEN
         PERFORM FROM cellferry.gate
             WHERE organization OPERATOR(pg_catalog.=) {owner_new};
@@ -176,6 +187,9 @@ _DIRECT_LOOK = sql.SQL(
         owner_new := {owner_new};
         owner_old := owner_new;
     ELSIF TG_OP = 'DELETE' THEN
+        IF {unmarked_old} THEN
+            RETURN OLD;
+        END IF;
         PERFORM FROM cellferry.gate
             WHERE organization OPERATOR(pg_catalog.=) {owner_old};
         IF NOT FOUND THEN
@@ -211,6 +225,42 @@ def _words(table: Table) -> dict[str, sql.Composable]:
     return {"owner_old": owner_text(table, "OLD"), "owner_new": owner_text(table, "NEW")}
 
 
+def _hints(table: Table) -> dict[str, sql.Composable]:
+    """Conditions over OLD and NEW of a table whose rows carry their organization."""
+    column = table.owners[0].column
+    plain = table.column(column).type in _PLAIN_TYPES
+    # A column's own operator saves two conversions to text.
+    same: LiteralString = (
+        "NEW.{0} OPERATOR(pg_catalog.=) OLD.{0}"
+        if plain
+        else "NEW.{0}::text OPERATOR(pg_catalog.=) OLD.{0}::text"
+    )
+    return {
+        "same": sql.SQL(same).format(sql.Identifier(column)),
+        "unmarked": _unmarked(owner_text(table, "NEW"), plain=plain),
+        "unmarked_old": _unmarked(owner_text(table, "OLD"), plain=plain),
+    }
+
+
+def _unmarked(owner: sql.Composable, *, plain: bool = False) -> sql.Composed:
+    """A condition: this organization has no gate for certain. Not true where that is unknown.
+
+    Args:
+        owner: text expression, the organization.
+        plain: its text is short, and part of a name without quotes.
+    """
+    if plain:
+        return sql.SQL(
+            "pg_catalog.to_regclass('cellferry.@' OPERATOR(pg_catalog.||) {}) IS NULL"
+        ).format(owner)
+    return sql.SQL(
+        "pg_catalog.octet_length({0}) OPERATOR(pg_catalog.<=) 60"
+        " AND pg_catalog.to_regclass('cellferry.\"@'"
+        " OPERATOR(pg_catalog.||) pg_catalog.replace({0}, '\"', '\"\"')"
+        " OPERATOR(pg_catalog.||) '\"') IS NULL"
+    ).format(owner)
+
+
 def _path_look(table: Table) -> sql.Composed:
     """The row's parents know its organization; they are asked only if there is any gate."""
     return sql.SQL(
@@ -231,6 +281,7 @@ def _path_look(table: Table) -> sql.Composed:
     END IF;
 {unknown}
     IF owner_old OPERATOR(pg_catalog.=) owner_new THEN
+        IF {unmarked} THEN{leave}        END IF;
         PERFORM FROM cellferry.gate
             WHERE organization OPERATOR(pg_catalog.=) owner_new;
     ELSE
@@ -243,6 +294,7 @@ def _path_look(table: Table) -> sql.Composed:
     ).format(
         leave=_RETURN,
         same=_same_path(table),
+        unmarked=_unmarked(sql.SQL("owner_new")),
         unknown=_log_for_all(table, _UNKNOWN),
         **_words(table),
     )
