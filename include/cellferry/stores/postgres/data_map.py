@@ -519,14 +519,32 @@ def _fingerprint(catalog: Catalog, data_map: DataMap) -> str:
     return hashlib.sha256("\n\n".join(sorted(blocks)).encode()).hexdigest()
 
 
+def _are_valid(connection: psycopg.Connection[Any], queries: Sequence[sql.Composed]) -> bool:
+    """Whether the server plans all of them. Asked in one statement, as each step of a move asks."""
+    columns = sql.SQL(", ").join(sql.SQL("EXISTS ({})").format(one) for one in queries)
+    try:
+        with connection.transaction():
+            connection.execute(sql.SQL("SELECT {}").format(columns))
+    except psycopg.Error as error:
+        if error.sqlstate is None:
+            raise  # the connection is to blame
+        return False  # the caller asks for one after the other
+    return True
+
+
 def _probe(connection: psycopg.Connection[Any], data_map: DataMap) -> list[Refusal]:
     """Let the server check the ownership of every table: types that do not compare, bad SQL."""
-    refused: list[Refusal] = []
-    for table in data_map.owned:
-        # no value is compared: LIMIT 0 plans the statement and ends
-        query = sql.SQL("SELECT {} FROM {} AS t WHERE {} LIMIT 0").format(
+    # no value is compared: LIMIT 0 plans the statement and ends
+    queries = [
+        sql.SQL("SELECT {} FROM {} AS t WHERE {} LIMIT 0").format(
             owner_text(table, "t"), table.name.identifier, owned_by(data_map, table, "t", None)
         )
+        for table in data_map.owned
+    ]
+    if _are_valid(connection, queries):
+        return []
+    refused: list[Refusal] = []
+    for table, query in zip(data_map.owned, queries, strict=True):
         try:
             with connection.transaction():
                 connection.execute(query)

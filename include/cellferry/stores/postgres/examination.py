@@ -55,12 +55,14 @@ class Site:
             self.connection.transaction(),
             self.connection.cursor(row_factory=tuple_row) as cursor,
         ):
-            for name in _PRINTING:
-                cursor.execute("SELECT set_config(%s, %s, true)", (name, PINNED[name]))
+            pinned = {name: PINNED[name] for name in _PRINTING}
+            pinned["search_path"] = sql.SQL(", ").join(map(sql.Identifier, path)).as_string(None)
+            pinned["transaction_read_only"] = "on"
+            # in one statement: there are dozens of checks, each with a transaction of its own
             cursor.execute(
-                "SELECT set_config('search_path', %s, true),"
-                " set_config('transaction_read_only', 'on', true)",
-                (sql.SQL(", ").join(sql.Identifier(one) for one in path).as_string(None),),
+                "SELECT set_config(name, value, true)"
+                " FROM unnest(%s::text[], %s::text[]) AS pinned (name, value)",
+                (list(pinned), list(pinned.values())),
             )
             yield cursor
 
