@@ -1,11 +1,11 @@
 """Delete the old copies of moved organizations when their TTL is over.
 
-**What it does.** For each migration, in a lane of its own: `wait_for_ttl → cleanup`. The same
-lane's end as in `migrate_organizations`, which starts a run of this DAG, for the end of the TTL,
-when the TTL is longer than an hour. Deletes in paced batches, only this organization's data, only
+**What it does.** Waits for the last TTL of its migrations, then for each, in a lane of its own:
+`cleanup`, as in `migrate_organizations`, which starts a run of this DAG, for the end of the TTL,
+when the TTL is longer than a minute. Deletes in paced batches, only this organization's data, only
 while the old cell's gate says that this very migration moved it away.
 
-**When not to run it.** There is no harm in running it too early: it waits for the TTL, on the
+**When not to run it.** There is no harm in running it too early: it waits for the TTLs, on the
 topology's clock. After it an organization can no longer go back without being moved again.
 
 **Input.** Required: `migrations`, the numbers that `cellferry status` shows. Those that are cleaned
@@ -22,7 +22,9 @@ from __future__ import annotations
 from airflow.sdk import dag
 
 from cellferry.orchestration.params import clean_up_organizations_params
+from cellferry.orchestration.retry_policy import PATIENT
 from cellferry.orchestration.run_tasks import report_clean_up, validate_clean_up
+from cellferry.orchestration.sensors import LatestTtlSensor
 from cellferry.orchestration.task_groups import clean_up_organization
 
 
@@ -41,7 +43,8 @@ from cellferry.orchestration.task_groups import clean_up_organization
 def clean_up_organizations() -> None:
     """Wire the lanes between the check and the report."""
     needed = validate_clean_up()
-    clean_up_organization.expand(organization=needed) >> report_clean_up()
+    waited = LatestTtlSensor(task_id="wait_for_ttl", migrations=needed, **PATIENT)
+    waited >> clean_up_organization.expand(organization=needed) >> report_clean_up()
 
 
 clean_up_organizations()

@@ -6,6 +6,10 @@ writing at its old cell until the cutover, whose write pause is bounded by the p
 lanes are independent: one may fail while the others go on. The last task, `report`, prints a
 table, and fails when an organization failed.
 
+A small organization's steps run in two tasks instead of eight: `plan` also copies and verifies it,
+`cutover` also soaks it, and the tasks of the steps that are done are shown as skipped. What cannot
+be done ahead is left to its own task. `soak` goes with the cutover whenever it is short.
+
 **Dry run is the default.** Then only `plan` runs: it says what would move, how much, how long,
 how long the write pause, and what blocks it, and changes nothing.
 
@@ -27,7 +31,7 @@ clear its failed task (with its map index) and downstream; it goes on from its c
 that fails at once needs a person (its last log lines say what to do); others are retried with
 back-off. A run that is cleared as a whole goes on with the migrations that it began.
 
-**Afterwards.** With a TTL of at most an hour the run waits for its end and deletes the old
+**Afterwards.** With a TTL of at most a minute the run waits for its end and deletes the old
 copies. With a longer one it ends when they are *retained*, and starts a run of
 `clean_up_organizations` for the end of the TTL.
 """

@@ -10,9 +10,8 @@ import pytest
 from cellferry.orchestration.retry_policy import RETRY_POLICY
 
 LANE = ["plan", "copy", "sync", "verify", "cutover", "soak", "wait_for_ttl", "cleanup"]
-GROUPED = [("migrate_organizations", step) for step in LANE] + [
-    ("clean_up_organizations", step) for step in ("wait_for_ttl", "cleanup")
-]
+GROUPED = [("migrate_organizations", step) for step in LANE]
+GROUPED += [("clean_up_organizations", "cleanup")]
 WAY_BACK = ["roll_back", "wait_for_ttl", "cleanup"]
 GROUPED += [("roll_back_organizations", step) for step in WAY_BACK]
 DAGS = [
@@ -27,6 +26,18 @@ def test_a_lane_is_a_chain_in_order(bag: Any) -> None:
     dag = bag.dags["migrate_organizations"]
     for before, after in pairwise(LANE):
         assert f"organization.{before}" in dag.get_task(f"organization.{after}").upstream_task_ids
+
+
+@pytest.mark.parametrize(
+    ("step", "rule"),
+    [
+        ("cutover", "none_failed"),  # copy, sync and verify are skipped when plan did them
+        ("wait_for_ttl", "none_failed"),  # so is soak, when cutover did it
+        ("cleanup", "all_success"),  # one whose TTL is not waited for here must not run
+    ],
+)
+def test_a_skipped_task_stops_its_lane_only_where_it_should(bag: Any, step: str, rule: str) -> None:
+    assert bag.dags["migrate_organizations"].get_task(f"organization.{step}").trigger_rule == rule
 
 
 @pytest.mark.parametrize(("dag_id", "step"), GROUPED)

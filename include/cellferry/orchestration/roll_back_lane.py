@@ -10,13 +10,14 @@ from airflow.sdk import get_current_context, task, task_group
 
 from cellferry.errors import CellferryError, InvalidInput
 from cellferry.model import State
+from cellferry.orchestration.barrier_turn import barrier_turn
 from cellferry.orchestration.params import LONGEST_TTL_IN_RUN_S
 from cellferry.orchestration.retry_policy import BRIEF, PROMPT
 from cellferry.orchestration.run_starter import RunStarter, clean_up_request
 from cellferry.orchestration.run_tasks import REST, lanes_of, organizations_of, say
 from cellferry.orchestration.sensors import TtlSensor
 from cellferry.orchestration.step_run import brief, step_context
-from cellferry.orchestration.task_groups import CUTOVERS_AT_ONCE, GROUP, cleanup, in_lane
+from cellferry.orchestration.task_groups import GROUP, ROLL_BACKS_AT_ONCE, cleanup, in_lane
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -105,7 +106,7 @@ def _took_part(ferry: Ferry, migration: int) -> bool:
 
 @task(
     multiple_outputs=False,
-    **in_lane("roll_back", max_active_tis_per_dag=CUTOVERS_AT_ONCE, **PROMPT),
+    **in_lane("roll_back", max_active_tis_per_dag=ROLL_BACKS_AT_ONCE, **PROMPT),
 )
 def roll_back(*, organization: Mapping[str, Any]) -> dict[str, Any]:
     """Bring the organization back, losing nothing; its writers wait for the write pause.
@@ -120,7 +121,8 @@ def roll_back(*, organization: Mapping[str, Any]) -> dict[str, Any]:
     number = organization["migration"]
     with step_context(waited_for=not request.dry_run) as ferry:
         if not request.dry_run:
-            return brief(steps.roll_back(ferry, number, request.reason, ttl_s=request.ttl_s))
+            with barrier_turn():
+                return brief(steps.roll_back(ferry, number, request.reason, ttl_s=request.ttl_s))
         found = steps.examine_return(ferry, number)
         for one in found:
             complain = log.error if one.fatal else log.warning
@@ -145,7 +147,7 @@ class ReturnTtlSensor(TtlSensor):
 
         from cellferry.migration import steps
 
-        number = self.before["migration"]
+        number = self.before["migration"] if self.before else None
         if number is None:
             raise AirflowSkipException("a dry run changes nothing; set dry_run to false")
         with step_context() as ferry:
@@ -196,7 +198,7 @@ def roll_back_organization(organization: Any) -> None:
         in_run=False,
         **in_lane("wait_for_ttl", is_sensor=True),
     )
-    waited >> cleanup(organization=organization, before=back)
+    waited >> cleanup(organization=organization)
 
 
 @task(multiple_outputs=False, trigger_rule="all_done", **BRIEF)

@@ -56,7 +56,7 @@ class TtlSensor(MomentSensor):
 
     Args:
         organization: the one of this lane, for its name in the UI.
-        before: result of the step before; `migration` is the migration's number.
+        before: has the migration's number, `migration`; None for the number in the lane's plan.
         in_run: skip, and with it the clean-up, when the run's `ttl_s` is too long to wait for.
     """
 
@@ -66,8 +66,8 @@ class TtlSensor(MomentSensor):
         self,
         *,
         organization: Mapping[str, str],
-        before: Mapping[str, Any],
         in_run: bool,
+        before: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -86,13 +86,47 @@ class TtlSensor(MomentSensor):
         from cellferry.migration import steps
         from cellferry.orchestration.progress import duration
         from cellferry.orchestration.step_run import step_context
+        from cellferry.orchestration.task_groups import migration_of
 
         if self.in_run and context["params"]["ttl_s"] > LONGEST_TTL_IN_RUN_S:
             raise AirflowSkipException(
                 f"a TTL of {duration(context['params']['ttl_s'])} is not waited for in this run; "
                 "a clean-up run starts when it is over"
             )
+        number = migration_of(self.before or self.organization)
         with step_context() as ferry:
-            until = steps.ttl_until(ferry, self.before["migration"])
+            until = steps.ttl_until(ferry, number)
+            left_s = (until - ferry.topology.now()).total_seconds()
+        self.wait(left_s, until)
+
+
+class LatestTtlSensor(MomentSensor):
+    """Waits until the TTL of the last of several migrations is over: once for a whole run.
+
+    Only reads, so it may be repeated. A run that was started for that moment goes on at once.
+
+    Args:
+        migrations: each has the migration's number, `migration`; from the task before.
+    """
+
+    template_fields: Sequence[str] = ("migrations",)
+
+    def __init__(self, *, migrations: Sequence[Mapping[str, Any]], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.migrations = migrations
+
+    def execute(self, context: Context) -> None:  # noqa: ARG002 - Airflow's signature
+        """Defer until the last TTL is over, or return at once when it is.
+
+        Raises:
+            WrongState: a migration has not been flipped.
+        """
+        from cellferry.migration import steps
+        from cellferry.orchestration.step_run import step_context
+
+        if not self.migrations:
+            return
+        with step_context() as ferry:
+            until = max(steps.ttl_until(ferry, one["migration"]) for one in self.migrations)
             left_s = (until - ferry.topology.now()).total_seconds()
         self.wait(left_s, until)

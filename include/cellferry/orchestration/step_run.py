@@ -47,6 +47,11 @@ class RunningTask:
     board: ProgressBoard
 
 
+def yield_the_processor() -> None:
+    """Let others go first, for the rest of this process: nobody waits for what follows."""
+    os.setpriority(os.PRIO_PROCESS, 0, max(GENTLE, os.getpriority(os.PRIO_PROCESS, 0)))
+
+
 @contextmanager
 def running_task(*, waited_for: bool = False) -> Iterator[RunningTask]:
     """Be a task for the block: told to end, it unwinds; its progress and its errors are shown.
@@ -62,7 +67,7 @@ def running_task(*, waited_for: bool = False) -> Iterator[RunningTask]:
     from cellferry.orchestration.progress import ProgressBoard
 
     if not waited_for:
-        os.setpriority(os.PRIO_PROCESS, 0, max(GENTLE, os.getpriority(os.PRIO_PROCESS, 0)))
+        yield_the_processor()
     airflow: Mapping[str, Any] = get_current_context()
     state_store = airflow.get("task_state_store")
     connections = AirflowConnections()

@@ -1,0 +1,63 @@
+"""Barriers take turns on a machine, and a process that dies gives its turn up."""
+
+from __future__ import annotations
+
+import select
+import subprocess
+import sys
+from pathlib import Path
+
+from cellferry.orchestration.barrier_turn import barrier_turn
+
+ENTER = """
+import pathlib, sys
+from cellferry.orchestration.barrier_turn import barrier_turn
+print("asks", flush=True)
+with barrier_turn(pathlib.Path(sys.argv[1])):
+    print("entered", flush=True)
+    sys.stdin.read()
+"""
+
+
+def asking(file: Path) -> subprocess.Popen[bytes]:
+    """Start a process that asks for the turn; return when it has asked."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENTER, file],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"asks\n"
+    return process
+
+
+def has_entered(process: subprocess.Popen[bytes], within_s: float) -> bool:
+    found, _, _ = select.select([process.stdout], [], [], within_s)
+    return bool(found) and process.stdout is not None and process.stdout.readline() == b"entered\n"
+
+
+def test_a_second_barrier_waits_for_the_first_even_if_that_is_killed(tmp_path: Path) -> None:
+    file = tmp_path / "turn"
+    with asking(file) as holder:
+        assert has_entered(holder, 60)
+        with asking(file) as waiter:
+            try:
+                assert not has_entered(waiter, 1), "two barriers at once"
+                holder.kill()
+                assert has_entered(waiter, 60), "a dead process kept its turn"
+            finally:
+                holder.kill()
+                waiter.kill()
+
+
+def test_a_barrier_needs_no_turn_where_there_is_none(tmp_path: Path) -> None:
+    with barrier_turn(tmp_path / "no folder" / "turn"):
+        pass
+
+
+def test_a_link_in_the_place_of_the_file_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "turn").symlink_to(tmp_path / "elsewhere")
+    with barrier_turn(tmp_path / "turn"):
+        pass
+    assert not (tmp_path / "elsewhere").exists()

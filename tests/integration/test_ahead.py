@@ -1,0 +1,100 @@
+"""Steps done ahead in one task: the same moves, and what fails is left to its own task."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cellferry.migration import Context, steps
+from cellferry.model import Organization, State
+from cellferry.orchestration import ahead
+from cellferry.orchestration.params import LONGEST_TTL_IN_RUN_S
+from fixtures.cells import TwoCells
+
+AHEAD = ("copy", "sync", "verify")
+LONG_TTL_S = LONGEST_TTL_IN_RUN_S + 3_600.0
+
+
+@pytest.fixture
+def acme(cells: TwoCells) -> Organization:
+    return cells.add_organization(7)
+
+
+def plan_of(context: Context, migration: int) -> Any:
+    return context.topology.migration(migration).facts["plan"]
+
+
+def before(cells: TwoCells, migration: int) -> tuple[str, ...]:
+    with cells.context() as context:
+        return ahead.before_barrier(context, migration, plan_of(context, migration))
+
+
+def after(cells: TwoCells, migration: int, ttl_s: float) -> tuple[str, ...]:
+    with cells.context() as context:
+        steps.cutover(context, migration)
+        return ahead.after_barrier(context, migration, ttl_s=ttl_s)
+
+
+def test_a_small_organization_is_ready_for_its_cutover_after_one_task(
+    cells: TwoCells, acme: Organization
+) -> None:
+    migration = cells.plan(acme)
+    assert before(cells, migration) == AHEAD
+    assert cells.migration(migration).state is State.READY
+
+
+def test_what_fails_is_left_to_its_own_task(cells: TwoCells, acme: Organization) -> None:
+    migration = cells.plan(acme)
+    with cells.context() as context:
+        steps.pause(context, migration, "a test")
+    assert before(cells, migration) == ()
+    assert cells.migration(migration).state is State.PLANNED
+
+
+def test_a_failure_ahead_is_no_last_try(cells: TwoCells, acme: Organization) -> None:
+    migration = cells.plan(acme)
+    with cells.context() as context:
+        steps.pause(context, migration, "a test")
+        context.last_try = True
+        ahead.before_barrier(context, migration, plan_of(context, migration))
+        assert context.last_try, "the task's own step is judged as before"
+
+
+@pytest.mark.parametrize(("count", "copy_s"), [(ahead.SMALL + 1, 1.0), (10, 11.0)])
+def test_a_large_or_slow_organization_keeps_its_tasks(count: int, copy_s: float) -> None:
+    assert not ahead.is_small({"totals": {"postgres": {"count": count}}, "copy_s": copy_s})
+
+
+def test_a_plan_without_figures_is_not_small() -> None:
+    assert not ahead.is_small({})
+
+
+def test_the_old_copy_goes_with_the_cutover_when_its_ttl_is_over(
+    cells: TwoCells, acme: Organization
+) -> None:
+    migration = cells.plan(acme, ttl_s=0.0, soak_s=0.0)
+    before(cells, migration)
+    assert after(cells, migration, 0.0) == ("soak", "wait_for_ttl", "cleanup")
+    assert cells.migration(migration).state is State.COMPLETED
+
+
+def test_a_long_ttl_is_left_to_a_clean_up_run(cells: TwoCells, acme: Organization) -> None:
+    migration = cells.plan(acme, ttl_s=LONG_TTL_S, soak_s=0.0)
+    before(cells, migration)
+    assert after(cells, migration, LONG_TTL_S) == ("soak", "wait_for_ttl", "cleanup")
+    assert cells.migration(migration).state is State.RETAINED
+
+
+def test_a_short_ttl_is_waited_for_by_its_own_task(cells: TwoCells, acme: Organization) -> None:
+    migration = cells.plan(acme, ttl_s=50.0, soak_s=0.0)
+    before(cells, migration)
+    assert after(cells, migration, 50.0) == ("soak",)
+    assert cells.migration(migration).state is State.RETAINED
+
+
+def test_a_long_soak_has_a_task_of_its_own(cells: TwoCells, acme: Organization) -> None:
+    migration = cells.plan(acme, ttl_s=0.0, soak_s=ahead.SHORT_SOAK_S + 1)
+    before(cells, migration)
+    assert after(cells, migration, 0.0) == ()
+    assert cells.migration(migration).state is State.SOAKING
