@@ -1,0 +1,442 @@
+"""Organizations per hour through Airflow, and where the processor time goes.
+
+A whole local fleet, with Airflow as `make demo` starts it, moves small organizations around its
+cells: one run, several runs, and with a thousand organizations waiting for their TTL. Beside it
+the library alone, in two processes, moves the same organizations by the same steps.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import psutil
+from tests.bench.harness import Bench, Section, Table, Target
+
+from cellferry import settings
+from cellferry.local.airflow_api import ENDED, AirflowApi
+from cellferry.local.application import Application, seeding
+from cellferry.local.application.seeding import Seed
+from cellferry.local.fleet import Fleet
+from cellferry.local.run_records import RunRecords
+from cellferry.migration import Context, MoveOptions, steps
+from cellferry.model import Actor, Organization, State
+
+ROOT = Path(__file__).resolve().parents[2]
+DAG, CLEAN_UP = "migrate_organizations", "clean_up_organizations"
+ACTOR = Actor("bench", role="operator")
+CELLS = ("cell-1", "cell-2", "cell-3")
+ROWS, KEYS = 40, 12
+RUNS, SIZE = 8, 25
+FEW, SMALL = 4, 10
+WAITING = 1_000
+SOAK_S = 2
+WITHIN_S = 1_800
+
+#: Where processor time goes, in the order of the table.
+SCHEDULER, SUPERVISION, TASKS = "scheduler", "LocalExecutor: supervision of tasks", "tasks"
+API, TRIGGERER, PARSER = "API server", "triggerer", "DAG processor"
+METADATA, CELL_POSTGRES, CELL_REDIS = (
+    "PostgreSQL: topology, metadata",
+    "PostgreSQL: cells",
+    "Valkey",
+)
+REAPER, ALONE = "fleet: watch and reaper", "library"
+_PARTS = {"airflow-api-server": API, "airflow-triggerer": TRIGGERER,
+          "airflow-dag-processor": PARSER, "topology-postgres": METADATA}  # fmt: skip
+_SERVERS = (METADATA, CELL_POSTGRES, CELL_REDIS)
+
+
+@dataclass(frozen=True)
+class Wave:
+    """What one wave took.
+
+    Attributes:
+        processes: task processes that were started.
+        strategies: how often each strategy was chosen.
+    """
+
+    name: str
+    organizations: int
+    wall_s: float
+    cpu_s: Mapping[str, float]
+    processes: int = 0
+    strategies: str = ""
+
+    @property
+    def per_hour(self) -> float:
+        """Organizations per hour."""
+        return 3_600 * self.organizations / self.wall_s
+
+    @property
+    def cpu_each_s(self) -> float:
+        """Processor seconds of everything, for each organization."""
+        return sum(self.cpu_s.values()) / self.organizations
+
+    def each_s(self, part: str) -> float:
+        """Processor seconds of one part, for each organization."""
+        return self.cpu_s.get(part, 0.0) / self.organizations
+
+
+# --- processor time by component --------------------------------------------------------------
+
+
+def _own(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def _ended(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.children_user + times.children_system)
+
+
+def _tree(process: psutil.Process) -> float:
+    total = _own(process) + _ended(process)
+    for child in process.children(recursive=True):
+        with suppress(psutil.Error):
+            total += _own(child) + _ended(child)
+    return total
+
+
+def processor_time(fleet: Fleet) -> dict[str, float]:
+    """Return the processor seconds that each component of the fleet has used so far.
+
+    The scheduler's children are LocalExecutor's workers, which live as long as it does and
+    supervise; theirs are the tasks, whose time a worker inherits when they end.
+    """
+    found: dict[str, float] = {}
+    for name, record in RunRecords(fleet.layout.run).read().items():
+        process = record.identity.process()
+        if process is None:
+            continue
+        if name == "airflow-scheduler":
+            found[SCHEDULER] = _own(process)
+            workers = process.children()
+            found[SUPERVISION] = sum(_own(one) for one in workers)
+            found[TASKS] = sum(_ended(one) for one in workers)
+            for worker in workers:
+                with suppress(psutil.Error):
+                    found[TASKS] += sum(_tree(task) for task in worker.children())
+        elif name == "supervisor":
+            # everything else is a child of it that lives; its reaper's processes have ended
+            found[REAPER] = _own(process) + _ended(process)
+        else:
+            part = _PARTS.get(name) or (CELL_REDIS if name.endswith("-redis") else CELL_POSTGRES)
+            found[part] = found.get(part, 0.0) + _tree(process)
+    return found
+
+
+def _between(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    return {part: max(0.0, used - before.get(part, 0.0)) for part, used in after.items()}
+
+
+# --- the fleet and its organizations ----------------------------------------------------------
+
+
+@dataclass
+class Place:
+    """A running fleet with small organizations, and the ways to move them."""
+
+    bench: Bench
+    fleet: Fleet
+    context: Context
+    api: AirflowApi
+
+    def organizations(self, cell: str) -> list[str]:
+        """Return the ids of those that live in `cell`."""
+        routes = self.context.topology.routes()
+        return sorted((one.organization for one in routes if one.cell == cell), key=int)
+
+    def around(self, count: int) -> tuple[list[str], str]:
+        """Return `count` organizations of the fullest cell, and the next cell."""
+        homes = {cell: self.organizations(cell) for cell in CELLS}
+        source = max(CELLS, key=lambda cell: len(homes[cell]))
+        return homes[source][:count], CELLS[(CELLS.index(source) + 1) % len(CELLS)]
+
+    def wave(self, name: str, runs: int, size: int) -> Wave:
+        """Move `runs` times `size` organizations, all runs at once, old copies deleted, too."""
+        movers, destination = self.around(runs * size)
+        known = {one.id for one in self.context.topology.migrations()}
+        before, began = processor_time(self.fleet), time.perf_counter()
+        started = [
+            self.api.trigger(
+                DAG,
+                {
+                    "organizations": movers[number * size : (number + 1) * size],
+                    "destination": destination,
+                    "dry_run": False,
+                    "soak_s": SOAK_S,
+                    "ttl_s": 0,
+                },
+            )
+            for number in range(runs)
+        ]
+        self._wait(started)
+        wall_s, after = time.perf_counter() - began, processor_time(self.fleet)
+        moved = [one for one in self.context.topology.migrations() if one.id not in known]
+        done = [one for one in moved if one.state is State.COMPLETED]
+        if len(done) != runs * size:
+            raise RuntimeError(f"{name}: {len(done)} of {runs * size} organizations moved")
+        strategies = sorted({str(one.strategy) for one in moved})
+        processes = sum(one.pid is not None for run in started for one in self.api.tasks(DAG, run))
+        found = Wave(
+            name, len(done), wall_s, _between(before, after), processes, ", ".join(strategies)
+        )
+        self.bench.say(
+            f"{name}: {found.per_hour:,.0f} organizations/h, {found.cpu_each_s:.2f} CPU-s each"
+        )
+        return found
+
+    def _wait(self, runs: Sequence[str]) -> None:
+        """Wait until all have ended well; ask seldom, for the asking costs, too."""
+        deadline = time.monotonic() + WITHIN_S
+        left = list(runs)
+        while left:
+            if (state := self.api.run_state(DAG, left[0])) in ENDED:
+                if state != "success":
+                    raise RuntimeError(
+                        f"run {left[0]} {state}: {self.api.log(DAG, left[0], 'report')}"
+                    )
+                left.pop(0)
+            elif time.monotonic() > deadline:
+                raise RuntimeError(f"run {left[0]} is {state} after {WITHIN_S} s")
+            else:
+                time.sleep(1)
+
+    def let_wait(self, organizations: int) -> int:
+        """Start the clean-up runs of so many organizations, due in a day; return how many runs.
+
+        That is how the product waits for a TTL of more than a minute.
+        """
+        numbers = [one.id for one in self.context.topology.migrations(states={State.COMPLETED})]
+        due = (datetime.now(UTC) + timedelta(days=1)).isoformat()
+        size = min(SIZE, len(numbers), organizations)
+        runs = organizations // size
+        for number in range(runs):
+            first = number * size % max(1, len(numbers) - size + 1)
+            self.api._send(
+                "POST",
+                f"/api/v2/dags/{CLEAN_UP}/dagRuns",
+                json={
+                    "dag_run_id": f"bench-{number}",
+                    "logical_date": None,
+                    "run_after": due,
+                    "conf": {"migrations": numbers[first : first + size]},
+                },
+            )
+        return runs
+
+    def alone(self, count: int, processes: int = 2) -> Wave:
+        """Move `count` organizations by the same steps without Airflow."""
+        movers, destination = self.around(count)
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            list(pool.map(_import, range(processes)))
+            workers = [psutil.Process(one) for one in pool._processes]
+            before = {**processor_time(self.fleet), ALONE: sum(map(_own, workers))}
+            began = time.perf_counter()
+            jobs = [(one, destination) for one in movers]
+            list(pool.map(_move_alone, jobs))
+            wall_s = time.perf_counter() - began
+            after = {**processor_time(self.fleet), ALONE: sum(map(_own, workers))}
+        used = {
+            part: spent
+            for part, spent in _between(before, after).items()
+            if part in (*_SERVERS, ALONE)
+        }
+        found = Wave(f"library alone, {processes} processes", len(movers), wall_s, used, processes)
+        self.bench.say(
+            f"{found.name}: {found.per_hour:,.0f} organizations/h, {found.cpu_each_s:.2f} CPU-s"
+        )
+        return found
+
+
+def _import(_number: int) -> None:
+    time.sleep(0.5)  # so that each process of the pool gets one of these
+
+
+def _move_alone(job: tuple[str, str]) -> None:
+    """Move one organization, from the plan to the clean-up."""
+    organization, destination = job
+    loaded, connections = settings.load(settings.default_path()), settings.from_environment()
+    with Context.from_settings(loaded, connections, actor=ACTOR) as context:
+        options = MoveOptions(ttl_s=0, soak_s=SOAK_S)
+        planned = steps.plan(context, organization, destination, options=options, record=True)
+        if planned.migration is None:
+            raise RuntimeError(f"{organization} has no migration")
+        for step in (steps.copy, steps.sync, steps.verify, steps.cutover, steps.soak,
+                     steps.cleanup):  # fmt: skip
+            step(context, planned.migration)
+
+
+@contextmanager
+def _running(bench: Bench, organizations: int) -> Iterator[Place]:
+    """Start the fleet, and seed organizations of a few rows."""
+    fleet = Fleet(ROOT, bench.root / "fleet")
+    bench.stack.callback(fleet.wipe)
+    fleet.up(airflow=False)
+    before = dict(os.environ)
+    os.environ.update(fleet.environment())
+    try:
+        loaded, connections = settings.load(settings.default_path()), settings.from_environment()
+        with Context.from_settings(loaded, connections, actor=ACTOR) as context:
+            context.topology.install()
+            application = Application(
+                connections, context.topology, directory=bench.root / "application"
+            )
+            application.provision()
+            seeds = [
+                Seed(Organization(str(101 + one), f"small-{one + 1}"), CELLS[0], ROWS, KEYS)
+                for one in range(organizations)
+            ]
+            application._provision_organizations(seeds)
+            seeding.seed(application.places, seeds)
+            context.topology.register_organizations(
+                [(one.organization, one.cell) for one in seeds], ACTOR
+            )
+            for cell in loaded.cells:
+                steps.prepare_cell(context, cell)
+            fleet.up(airflow=True)
+            bench.say(f"the fleet is up, with {organizations} organizations")
+            with AirflowApi(fleet.airflow_url, *fleet.airflow_credentials) as api:
+                for dag in (DAG, CLEAN_UP):
+                    api.wait_for_dag(dag)
+                yield Place(bench, fleet, context, api)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+# --- the section ------------------------------------------------------------------------------
+
+
+def run(bench: Bench) -> Section:
+    """Measure waves of several sizes, with and without others waiting, and the library alone."""
+    size, small = bench.size(SIZE, least=2), bench.size(SMALL, least=2)
+    runs, few = bench.size(RUNS, least=2), bench.size(FEW, least=2)
+    first = 2
+    with _running(bench, runs * size + first + small + size + few * small) as place:
+        place.wave("warm-up", 1, first)
+        waves = [
+            place.wave(f"1 run of {small}", 1, small),
+            place.wave(f"1 run of {size}", 1, size),
+            place.wave(f"{few} runs of {small}", few, small),
+            place.wave(f"{runs} runs of {size}", runs, size),
+        ]
+        full = waves[-1]
+        began = processor_time(place.fleet), time.perf_counter()
+        time.sleep(bench.size(20, least=3))
+        idle = sum(_between(began[0], processor_time(place.fleet)).values()) / (
+            time.perf_counter() - began[1]
+        )
+        waiting = bench.size(WAITING, least=4)
+        waiting_runs = place.let_wait(waiting)
+        beside = place.wave(f"{runs} runs of {size}, {waiting:,} wait", runs, size)
+        waves.append(beside)
+        alone = place.alone(bench.size(60, least=4))
+    return Section(
+        "Orchestration",
+        _METHOD,
+        [
+            Table(
+                ("", "organizations", "organizations/h", "wall s", "CPU-s each", "processes each"),
+                [
+                    [one.name, one.organizations, one.per_hour, one.wall_s, one.cpu_each_s,
+                     one.processes / one.organizations if one is not alone else None]
+                    for one in (*waves, alone)
+                ],
+                "Organizations per hour",
+            ),
+            _where(full, beside, alone),
+        ],
+        [
+            Target(
+                f"organizations per hour, {runs} runs of {size} on {os.cpu_count()} cores",
+                2_000, full.per_hour, "organizations/h", at_least=True, why=_limit(full, alone),
+            ),
+            Target(
+                f"the same while {waiting:,} wait for their TTL, against without",
+                0.95, beside.per_hour / full.per_hour, at_least=True,
+                why=f"processor time for each organization is {beside.cpu_each_s:.2f} s with them, "
+                f"{full.cpu_each_s:.2f} s without",
+            ),
+        ],
+        [
+            (
+                f"The fleet without any run used {idle:.2f} CPU-s per second: Airflow's loops, a"
+                " reaper in Airflow and one beside it."
+            ),
+            (
+                f"The {waiting:,} organizations wait as the product lets them: in {waiting_runs}"
+                " clean-up runs whose time is in the future. Airflow filters those in SQL, and no"
+                " task of theirs is there before. Only a TTL of a minute or less is waited for by"
+                " a deferred task."
+            ),
+            (
+                f"A request for more than {SIZE} organizations becomes several runs, so there is no"
+                " run of 50."
+            ),
+            f"The strategy that the plan chose: {full.strategies}.",
+            *_bare(full, alone),
+        ],
+    )  # fmt: skip
+
+
+_METHOD = f"""
+The local fleet (three cells with PostgreSQL and Valkey, the topology and Airflow 3.3.2 with
+LocalExecutor, all on this machine) moves organizations of about {ROWS} rows in 16 tables and {KEYS}
+keys, with DAG `{DAG}`, `soak_s` {SOAK_S} and `ttl_s` 0, so that each is copied, verified, cut over,
+soaked and its old copy deleted. All runs of a line are triggered at once; the time is from the
+first trigger to the end of the last run. Processor time is of all processes of the fleet, so
+servers, both reapers and Airflow's own loops count. Nobody writes meanwhile. The library alone does
+the same steps in two processes that are warm already.
+"""
+
+
+def _where(full: Wave, beside: Wave, alone: Wave) -> Table:
+    parts = (TASKS, SUPERVISION, SCHEDULER, API, PARSER, TRIGGERER, METADATA, CELL_POSTGRES,
+             CELL_REDIS, REAPER)  # fmt: skip
+    rows: list[list[Any]] = [
+        [part, full.each_s(part), full.each_s(part) / full.cpu_each_s, beside.each_s(part),
+         alone.each_s(ALONE if part == TASKS else part) or None]
+        for part in parts
+    ]  # fmt: skip
+    rows.append(["all", full.cpu_each_s, 1.0, beside.cpu_each_s, alone.cpu_each_s])
+    return Table(
+        ("part", "CPU-s for each organization", "share", beside.name, alone.name),
+        rows,
+        f"Where the processor time goes: {full.name}",
+    )
+
+
+def _bare(full: Wave, alone: Wave) -> Iterator[str]:
+    """Say what a task's process costs besides its steps."""
+    each = full.processes / full.organizations
+    over = full.each_s(TASKS) - alone.each_s(ALONE)
+    yield (
+        f"Each organization took {each:.2f} task processes. Their {full.each_s(TASKS):.2f} CPU-s"
+        f" are {alone.each_s(ALONE):.2f} for the steps, as in the library alone, and {over:.2f} for"
+        f" starts, DAG file, XCom and progress: {over / each:.2f} for a process. Beside that the"
+        f" executor's supervision takes {full.each_s(SUPERVISION) / each:.2f}, the API server"
+        f" {full.each_s(API) / each:.2f} and the scheduler {full.each_s(SCHEDULER) / each:.2f} for"
+        " a process."
+    )
+
+
+def _limit(full: Wave, alone: Wave) -> str:
+    cores = os.cpu_count() or 1
+    busy = full.cpu_each_s * full.per_hour / 3_600
+    return (
+        f"processor time: {full.cpu_each_s:.2f} CPU-s for each organization, of which the steps and"
+        f" their servers take {alone.cpu_each_s:.2f} without Airflow; at most"
+        f" {3_600 * cores / full.cpu_each_s:,.0f} organizations/h on {cores} cores, and {busy:.1f}"
+        " of them were busy"
+    )
