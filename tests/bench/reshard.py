@@ -21,7 +21,8 @@ from cellferry.shards.cleanup import cleanup
 from cellferry.shards.copier import copy, shares
 from cellferry.shards.follower import Follower
 from cellferry.shards.placement import Ring, Shard
-from cellferry.shards.plan import Plan, plan
+from cellferry.shards.plan import Plan
+from cellferry.shards.planning import plan
 from cellferry.shards.postgres_server import PostgresShard
 from cellferry.shards.settings import ShardSet
 from cellferry.shards.sides import open_side

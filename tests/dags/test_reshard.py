@@ -26,9 +26,9 @@ from cellferry.orchestration.shard_run import (
 )
 from cellferry.shards import reshard as steps
 from cellferry.shards.context import Context
-from cellferry.shards.control import Resharding
 from cellferry.shards.placement import Rendezvous, Ring, Shard
-from cellferry.shards.plan import plan
+from cellferry.shards.planning import plan
+from cellferry.shards.record import Resharding
 from cellferry.shards.settings import ShardSet
 from cellferry.shards.states import ShardState
 from fixtures.shards import ShardWorld, ring

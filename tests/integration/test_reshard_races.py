@@ -20,9 +20,9 @@ from cellferry.shards import client as client_module
 from cellferry.shards import points, reshard
 from cellferry.shards.client import ShardedStore
 from cellferry.shards.context import Context
-from cellferry.shards.control import Lease, TakenOver
 from cellferry.shards.follower import Follower
-from cellferry.shards.plan import plan
+from cellferry.shards.leases import Lease, TakenOver
+from cellferry.shards.planning import plan
 from cellferry.shards.points import Point
 from cellferry.shards.states import ShardState
 from cellferry.stores.redis import wire

@@ -14,9 +14,10 @@ import pytest
 
 from cellferry.errors import InvalidInput, OutcomeUnknown
 from cellferry.shards.client import Claim, ClaimUndecided, ShardedStore
-from cellferry.shards.control import ClientsBehind, ShardControl
+from cellferry.shards.control import ShardControl
 from cellferry.shards.membership import Unavailable
 from cellferry.shards.postgres_server import QUERIES
+from cellferry.shards.record import ClientsBehind
 from cellferry.shards.states import ORDER, RULES, Owner, ShardState
 from fixtures.postgres import FreshDatabases
 from fixtures.severed_network import SeveredNetwork

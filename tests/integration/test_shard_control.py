@@ -15,9 +15,11 @@ import pytest
 
 from cellferry.errors import InvalidInput, PermanentError, WrongState
 from cellferry.model import Actor
-from cellferry.shards import control as control_module
-from cellferry.shards.control import ClientsBehind, Resharding, ShardControl, TakenOver
+from cellferry.shards import roll_call
+from cellferry.shards.control import ShardControl
+from cellferry.shards.leases import TakenOver
 from cellferry.shards.placement import Ring, Shard
+from cellferry.shards.record import ClientsBehind, Resharding
 from cellferry.shards.settings import ShardSet
 from cellferry.shards.states import ORDER, ShardState
 
@@ -250,7 +252,7 @@ def test_one_that_speaks_at_the_last_moment_is_not_passed_over(
             confirm(fresh_database, session, 2, lease_s=10)
         return asked[-1]
 
-    monkeypatch.setattr(control_module, "now_s", later)
+    monkeypatch.setattr(roll_call, "now_s", later)
     with pytest.raises(ClientsBehind):
         control.wait_acknowledged(begun.id, 40)
     assert len(asked) == 3

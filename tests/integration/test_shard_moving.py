@@ -19,8 +19,9 @@ from cellferry.shards.copier import copy, shares
 from cellferry.shards.follower import Follower
 from cellferry.shards.lanes import Lanes
 from cellferry.shards.placement import Jump, Rendezvous
-from cellferry.shards.plan import Plan, plan
-from cellferry.shards.progress import Progress
+from cellferry.shards.plan import Plan
+from cellferry.shards.planning import plan
+from cellferry.shards.progress import Moved
 from cellferry.shards.settings import ShardSet
 from cellferry.shards.sides import Record, open_side
 from cellferry.shards.verify import verify
@@ -694,7 +695,7 @@ def test_clean_up_keeps_what_the_new_owner_does_not_have(shards: Shards) -> None
     stay = {key for key in wanted if FOUR.owner(key) == THREE.owner(key) == "shard-0"}
     with shards.client(3) as client:
         client.delete(*mine[:3])
-    told: list[Progress] = []
+    told: list[Moved] = []
     cleaned = cleanup(made, "shard-0", shards.source, fence=2, batch=10, progress=told.append)
     assert cleaned.kept == 3
     assert {name.encode() for name in cleaned.kept_names} == set(mine[:3])

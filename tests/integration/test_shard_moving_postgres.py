@@ -22,7 +22,7 @@ from cellferry.shards.cleanup import cleanup, tidy
 from cellferry.shards.copier import copy
 from cellferry.shards.follower import Follower
 from cellferry.shards.lanes import Lanes
-from cellferry.shards.plan import plan
+from cellferry.shards.planning import plan
 from cellferry.shards.sides import Record, open_side
 from cellferry.shards.verify import verify
 from fixtures.moving_shards import shard_set

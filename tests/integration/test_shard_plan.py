@@ -14,7 +14,8 @@ from cellferry.errors import Blocked, InvalidInput, PermanentError, Unreachable
 from cellferry.shards.audit import LABELS, audit
 from cellferry.shards.copier import copy
 from cellferry.shards.placement import Rendezvous, Ring
-from cellferry.shards.plan import Plan, duration, plan
+from cellferry.shards.plan import Plan, duration
+from cellferry.shards.planning import plan
 from cellferry.shards.settings import ShardSet
 from fixtures.moving_shards import Shards, shard_set
 
@@ -268,7 +269,7 @@ def test_two_names_of_one_server_are_found_by_the_server_itself(
     def aliased(name: str) -> str | None:
         return shards.source("c0" if name == "c3" else name)
 
-    monkeypatch.setattr("cellferry.shards.plan.check_servers", lambda *_: None)
+    monkeypatch.setattr("cellferry.shards.planning.check_servers", lambda *_: None)
     made = plan(THREE, FOUR, aliased)
     with pytest.raises(Blocked, match="same server and database as shard shard-0"):
         made.refuse()

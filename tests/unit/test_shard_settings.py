@@ -71,7 +71,7 @@ def test_the_id_is_placed_not_the_prefix(tmp_path: Path) -> None:
         ("{shard}#{vnode}", "{shard}", "the vnode label is '{shard}'"),
         ("algorithm: ring", "algorithm: jump", "jump has neither vnodes nor a label"),
         ("algorithm: ring", "algorithm: modulo", r"placement\.algorithm"),
-        ("shard-1:", "shard-0:", "'shard-0' is named twice, again in line 8"),
+        ("shard-1:", "shard-0:", "'shard-0' is given twice, again in line 8"),
         ("dedup-1", "dedup-0", "'shard-0' and 'shard-1' are both connection 'dedup-0'"),
         ("name: dedup", "name: a b", "name: .*pattern"),
         ("shards:", "shards: {}\nothers:", "others: there is no such setting"),

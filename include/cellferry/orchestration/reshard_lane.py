@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from airflow.sdk import Context
 
     from cellferry.orchestration.reshard_params import ReshardRequest
-    from cellferry.shards.control import Resharding
     from cellferry.shards.plan import Plan
+    from cellferry.shards.record import Resharding
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from cellferry.shards.check_list import Check
     from cellferry.shards.context import Context
-    from cellferry.shards.control import RegisteredClient, Resharding
     from cellferry.shards.plan import Plan
+    from cellferry.shards.record import RegisteredClient, Resharding
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,6 @@ from cellferry.errors import WrongState
 from cellferry.orchestration.reshard_lane import insist_on_input, states_of
 from cellferry.orchestration.retry_policy import BRIEF, PATIENT, PROMPT
 from cellferry.orchestration.shard_run import (
-    ENDING,
     WAY_BACK_RUN,
     ask_connections,
     brief,
@@ -20,11 +19,12 @@ from cellferry.orchestration.shard_run import (
     past,
     shard_context,
 )
+from cellferry.shards.states import ENDING
 
 if TYPE_CHECKING:
     from cellferry.orchestration.reshard_params import RollBackReshardingRequest
     from cellferry.shards.context import Context, StepResult
-    from cellferry.shards.control import Resharding
+    from cellferry.shards.record import Resharding
 
 log = logging.getLogger(__name__)
 

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 from cellferry.errors import InvalidInput
 from cellferry.orchestration.reshard_params import target_of
-from cellferry.orchestration.shard_run import ENDING, RUN, WAY_BACK_RUN, ask_connections
+from cellferry.orchestration.shard_run import RUN, WAY_BACK_RUN, ask_connections
+from cellferry.shards.states import ENDING
 
 if TYPE_CHECKING:
     from cellferry.orchestration.reshard_params import ReshardRequest
     from cellferry.shards.context import Context
-    from cellferry.shards.control import Resharding
+    from cellferry.shards.record import Resharding
     from cellferry.shards.settings import ShardSet
 
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from cellferry.errors import WrongState
 from cellferry.orchestration.step_run import actor, running_task
+from cellferry.shards.states import ENDING
 
 if TYPE_CHECKING:
     from cellferry.shards.context import Context, Progress, StepResult
-    from cellferry.shards.control import Resharding
+    from cellferry.shards.record import Resharding
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +24,6 @@ log = logging.getLogger(__name__)
 RUN = "dag_run"
 #: Fact of a re-sharding that names the run which brings it back.
 WAY_BACK_RUN = "way_back_dag_run"
-#: Fact by which the steps remember that it is given up, and how it is to end.
-ENDING = "ending"
 
 
 @contextmanager

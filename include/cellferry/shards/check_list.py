@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from cellferry.errors import CellferryError, InvalidInput
 from cellferry.shards.context import Context
-from cellferry.shards.control import Resharding
 from cellferry.shards.plan import Plan
+from cellferry.shards.record import Resharding
 from cellferry.shards.server import open_shard
 from cellferry.shards.sides import open_side
 from cellferry.shards.states import ShardState

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from cellferry.shards.context import Context, Progress, StepResult
-    from cellferry.shards.control import Resharding
+    from cellferry.shards.record import Resharding
 
 Command = Callable[..., Any]
 

@@ -14,8 +14,10 @@ from cellferry.closing import Closing
 from cellferry.errors import WrongState
 from cellferry.model import Actor
 from cellferry.settings import ConnectionSource, resolve
-from cellferry.shards.control import Lease, Resharding, ShardControl
-from cellferry.shards.progress import Progress as Moved
+from cellferry.shards.control import ShardControl
+from cellferry.shards.leases import Lease
+from cellferry.shards.progress import Moved
+from cellferry.shards.record import Resharding
 from cellferry.shards.settings import ShardSet
 from cellferry.shards.states import ShardState
 

@@ -10,7 +10,7 @@ _EVERY_S = 0.3
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class Moved:
     """A moment of some long work.
 
     Attributes:
@@ -28,7 +28,7 @@ class Progress:
     size: int = 0
 
 
-Report = Callable[[Progress], None]
+Report = Callable[[Moved], None]
 Check = Callable[[], None]
 """Called once a batch; what it raises ends the work."""
 
@@ -54,4 +54,4 @@ class Reporter:
         now = time.monotonic()
         if self._report is not None and (final or now - self._last >= _EVERY_S):
             self._last = now
-            self._report(Progress(phase, self._shard, done, total, size))
+            self._report(Moved(phase, self._shard, done, total, size))

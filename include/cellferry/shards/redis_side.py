@@ -15,6 +15,7 @@ from cellferry.errors import LeaseLost, PermanentError
 from cellferry.shards.settings import OWN_KEYS
 from cellferry.shards.sides import NO_EXPIRY, Facts, Lane, Page, Record, Side
 from cellferry.stores.redis import payloads
+from cellferry.stores.redis.comparison import server_time_ms
 from cellferry.stores.redis.tracking import Feed
 from cellferry.stores.redis.wire import Address, Command, Wire
 
@@ -88,8 +89,7 @@ class RedisSide:
 
     def now(self) -> int:
         """TIME, in milliseconds."""
-        seconds, micros = self._wire("reader").call("TIME")
-        return int(seconds) * 1000 + int(micros) // 1000
+        return server_time_ms(self._wire("reader"))
 
     # --- reading -----------------------------------------------------------------------------
 

@@ -14,9 +14,9 @@ from rich.table import Table
 from cellferry.readable import size
 from cellferry.shards.check_list import Check
 from cellferry.shards.context import Context
-from cellferry.shards.control import AuditRow, RegisteredClient, Resharding
 from cellferry.shards.plan import Plan
-from cellferry.shards.states import ShardState
+from cellferry.shards.record import AuditRow, RegisteredClient, Resharding
+from cellferry.shards.states import ENDING, ShardState
 
 NAMES: Mapping[ShardState, str] = {
     ShardState.OLD: "OLD",
@@ -46,7 +46,7 @@ class Status:
         facts = found.facts
         match found.state:
             case ShardState.OLD:
-                if facts.get("ending"):
+                if facts.get(ENDING):
                     return f"cellferry reshard cleanup {name}, which removes the copies and ends it"
                 copied = any(fact.startswith("copied ") for fact in facts)
                 return f"cellferry reshard {'dual-write' if copied else 'copy'} {name}"
@@ -57,13 +57,13 @@ class Status:
                     return f"cellferry reshard verify {name}"
                 return f"cellferry reshard catch-up {name}"
             case ShardState.SWITCHING:
-                back = "roll-back" if facts.get("ending") else "cutover"
+                back = "roll-back" if facts.get(ENDING) else "cutover"
                 return (
                     f"a step is in its short pause; if it was killed, cellferry reshard {back}"
                     f" {name} goes back first and tries again"
                 )
             case ShardState.DUAL_READ_NEW:
-                if facts.get("ending"):
+                if facts.get(ENDING):
                     return f"cellferry reshard roll-back {name} once more; it has not ended"
                 return f"cellferry reshard watch {name}"
             case _:

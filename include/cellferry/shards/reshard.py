@@ -32,18 +32,18 @@ from cellferry.errors import (
 )
 from cellferry.model import Actor
 from cellferry.shards import cleanup as cleaning
-from cellferry.shards import copier
-from cellferry.shards import plan as planning
+from cellferry.shards import copier, planning
 from cellferry.shards import verify as verifying
 from cellferry.shards.check_list import Check, check
 from cellferry.shards.context import Context, Progress, StepResult, fence
-from cellferry.shards.control import Lease, Resharding
+from cellferry.shards.leases import Lease
 from cellferry.shards.plan import Plan
 from cellferry.shards.points import Point, reach
 from cellferry.shards.postgres_server import PostgresShard
-from cellferry.shards.progress import Progress as Moved
+from cellferry.shards.progress import Moved
+from cellferry.shards.record import Resharding
 from cellferry.shards.settings import ShardSet, check_servers
-from cellferry.shards.states import ShardState
+from cellferry.shards.states import ENDING, ShardState
 from cellferry.shards.switching import PAUSE_S, following, put_right, switch
 from cellferry.shards.watch import BASELINE_S, Limits, compare
 from cellferry.stores.throttle import Throttle
@@ -57,8 +57,6 @@ _OLD, _DUAL_OLD, _DUAL_NEW, _NEW = (
     ShardState.NEW,
 )
 _ASK_EVERY_S = 0.5
-_ENDING = "ending"
-"""The fact that says how a re-sharding that is back in `old` is to end."""
 
 
 def register(at: Context, shard_set: ShardSet) -> None:
@@ -267,7 +265,7 @@ def dual_write(at: Context, id_: int) -> StepResult:
         _insist(found, _OLD, _DUAL_OLD, step="dual-write")
         at.wait_acknowledged(id_, lease)
         if found.state is _OLD:
-            at.control.record(id_, {_ENDING: None, "verified": None})
+            at.control.record(id_, {ENDING: None, "verified": None})
         at.control.advance(id_, _OLD, _DUAL_OLD, at.actor)
         reach(Point.DUAL_SET)
         seconds = at.wait_acknowledged(id_, lease)
@@ -473,9 +471,9 @@ def roll_back(at: Context, id_: int, reason: str, *, pause_s: float = PAUSE_S) -
                 hint="let clean-up end; then re-shard the other way",
                 step="roll-back",
             )
-        if found.facts.get(_ENDING) != "rolled_back":
+        if found.facts.get(ENDING) != "rolled_back":
             _insist(found, _DUAL_NEW, _NEW, step="roll-back")
-            at.control.record(id_, {_ENDING: "rolled_back", "reason": reason})
+            at.control.record(id_, {ENDING: "rolled_back", "reason": reason})
             reach(Point.WAY_BACK_BEGUN)
         at.wait_acknowledged(id_, lease)
         if found.state is _NEW:
@@ -509,13 +507,13 @@ def abort(at: Context, id_: int, reason: str) -> StepResult:
         return _result(found, "it was aborted already")
     with at.lease(id_, "abort") as lease:
         found = put_right(at, at.control.resharding(id_))
-        if found.state in (_DUAL_NEW, _NEW) or found.facts.get(_ENDING) == "rolled_back":
+        if found.state in (_DUAL_NEW, _NEW) or found.facts.get(ENDING) == "rolled_back":
             raise WrongState(
                 f"re-sharding {id_} is past its cutover, in state {found.state}",
                 hint=f"cellferry reshard roll-back {found.set_name} --reason …",
                 step="abort",
             )
-        at.control.record(id_, {_ENDING: "aborted", "reason": reason})
+        at.control.record(id_, {ENDING: "aborted", "reason": reason})
         at.wait_acknowledged(id_, lease)
         if found.state is _DUAL_OLD:
             at.control.advance(id_, _DUAL_OLD, _OLD, at.actor, reason)
@@ -552,7 +550,7 @@ def cleanup(
     found = at.control.resharding(id_)
     if found.ended is not None:
         return _result(found, f"it was {found.ended} already")
-    if found.state is _OLD and found.facts.get(_ENDING) is None:
+    if found.state is _OLD and found.facts.get(ENDING) is None:
         raise WrongState(
             f"re-sharding {id_} has not begun to move authority: there is nothing to clean",
             hint=f"cellferry reshard status {found.set_name}",
@@ -635,7 +633,7 @@ def _clean(
     delete_kept: bool = True,
 ) -> StepResult:
     planned = _plan_of(found)
-    outcome = "completed" if found.state is _NEW else str(found.facts[_ENDING])
+    outcome = "completed" if found.state is _NEW else str(found.facts[ENDING])
     if found.state is _OLD:
         planned = planned.turned()
     begun = time.monotonic()

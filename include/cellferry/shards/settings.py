@@ -16,7 +16,7 @@ Names of connections, never URLs (see `cellferry.settings`).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -25,6 +25,7 @@ import yaml
 from psycopg import ProgrammingError, conninfo
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from cellferry import plain_yaml
 from cellferry.errors import InvalidInput
 from cellferry.settings import ConnectionSource, resolve
 from cellferry.shards.placement import (
@@ -182,7 +183,7 @@ def load(path: Path) -> ShardSet:
         InvalidInput: the file is missing or wrong; names the place in it.
     """
     try:
-        raw: Any = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506 it is safe
+        raw: Any = plain_yaml.read(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InvalidInput(
             f"cannot read {path}: {error.strerror}", hint="give the path of the shards' file"
@@ -296,19 +297,3 @@ def _fault(place: tuple[int | str, ...], kind: str, message: str) -> str:
     known = [name for model in models for name in model.model_fields]
     near = difflib.get_close_matches(str(place[-1]), known, n=1)
     return f"{where}: there is no such setting" + (f", did you mean {near[0]!r}?" if near else "")
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that is there twice: YAML itself forgets the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Build the mapping, or name the key and its line."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            if key.value in seen:
-                line = key.start_mark.line + 1
-                raise yaml.YAMLError(f"{key.value!r} is named twice, again in line {line}")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)

@@ -56,6 +56,9 @@ class ShardState(StrEnum):
 
 ORDER: tuple[ShardState, ...] = tuple(ShardState)
 
+ENDING = "ending"
+"""The fact of a re-sharding that says how it is to end, once it is back in `old`."""
+
 
 class Owner(StrEnum):
     """One of the two shards of a moved key."""

@@ -34,10 +34,11 @@ from typing import Any, TypeVar
 from cellferry.errors import LeaseLost, NotConverging, TransientError
 from cellferry.model import Actor
 from cellferry.shards.context import Context, Progress, fence
-from cellferry.shards.control import Lease, Resharding
 from cellferry.shards.follower import Follower
+from cellferry.shards.leases import Lease
 from cellferry.shards.plan import Plan
 from cellferry.shards.points import Point, reach
+from cellferry.shards.record import Resharding
 from cellferry.shards.states import Owner, ShardState
 
 T = TypeVar("T")

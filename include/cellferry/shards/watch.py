@@ -9,8 +9,9 @@ from typing import Any
 
 from cellferry.errors import Breached
 from cellferry.shards.context import Context, Progress
-from cellferry.shards.control import Lease, Resharding
 from cellferry.shards.figures import ShardFigures
+from cellferry.shards.leases import Lease
+from cellferry.shards.record import Resharding
 
 BASELINE_S = 600.0
 _LEAST_CLAIMS = 200

@@ -7,13 +7,14 @@ the file. See `docs/data-map.md` for the reference.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
+from cellferry import plain_yaml
 from cellferry.errors import InvalidInput
 
 DOCUMENTATION = "see docs/data-map.md"
@@ -153,8 +154,7 @@ def parse(text: str, *, source: str = "data map") -> DataMapFile:
         InvalidInput: it is not YAML or does not follow the reference.
     """
     try:
-        # a subclass of SafeLoader: it builds plain values only
-        raw: Any = yaml.load(text, Loader=_OneOfEach)  # noqa: S506
+        raw: Any = plain_yaml.read(text)
     except yaml.YAMLError as error:
         raise InvalidInput(f"{source} is not YAML: {error}", hint=DOCUMENTATION) from error
     try:
@@ -179,19 +179,3 @@ def _place(location: tuple[int | str, ...]) -> str:
     for part in location:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
     return text or "file"
-
-
-class _OneOfEach(yaml.SafeLoader):
-    """A loader that refuses a key given twice; plain YAML keeps the last silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Hashable] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable):
-                if key in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"{key!r} is given twice", key_node.start_mark
-                    )
-                seen.add(key)
-        return super().construct_mapping(node, deep=deep)
