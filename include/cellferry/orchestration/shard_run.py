@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import socket
@@ -11,14 +10,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from cellferry.errors import WrongState
-from cellferry.orchestration.step_run import actor, running_task
-from cellferry.shards.states import ENDING
+from cellferry.orchestration.step_run import actor, running_task, said
+from cellferry.shards.states import ENDING, ShardState
 
 if TYPE_CHECKING:
     from cellferry.shards.context import Context, Progress, StepResult
     from cellferry.shards.record import Resharding
-
-log = logging.getLogger(__name__)
 
 #: Fact of a re-sharding that names the run which began it.
 RUN = "dag_run"
@@ -107,8 +104,6 @@ def going_on(at: Context, id_: int) -> Resharding:
 
 def is_past_the_cutover(found: Resharding) -> bool:
     """Whether the new owners have the authority, or clients wait just now for it to change."""
-    from cellferry.shards.states import ShardState
-
     return found.ended is not None or found.state not in (
         ShardState.OLD,
         ShardState.DUAL_READ_OLD,
@@ -117,19 +112,13 @@ def is_past_the_cutover(found: Resharding) -> bool:
 
 def brief(result: StepResult) -> dict[str, Any]:
     """Return what goes into XCom of a step's result: the id, the state and a line for people."""
-    log.info("%s", result.summary)
-    return {
-        "resharding": result.id,
-        "state": str(result.state),
-        "summary": result.summary,
-    }
+    return said(result.summary, resharding=result.id, state=str(result.state))
 
 
 def past(found: Resharding) -> dict[str, Any]:
     """Return what goes into XCom of a step that there is no need for any more."""
     summary = f"not needed, the re-sharding is {found.ended or f'in state {found.state}'}"
-    log.info("%s", summary)
-    return {"resharding": found.id, "state": str(found.state), "summary": summary}
+    return said(summary, resharding=found.id, state=str(found.state))
 
 
 def note(at: Context, id_: int, step: str, facts: Mapping[str, Any]) -> None:

@@ -137,10 +137,15 @@ def actor(airflow: Mapping[str, Any]) -> Actor:
 
 def brief(result: StepResult) -> dict[str, Any]:
     """Return what goes into XCom of a step's result: ids, the state and a line for people."""
-    log.info("%s", result.summary)
-    return {
-        "migration": result.migration,
-        "state": str(result.state),
-        "summary": result.summary,
-        "repeated": result.repeated,
-    }
+    return said(
+        result.summary,
+        migration=result.migration,
+        state=str(result.state),
+        repeated=result.repeated,
+    )
+
+
+def said(summary: str, **facts: Any) -> dict[str, Any]:
+    """Log a line for people; return it with `facts`, for XCom."""
+    log.info("%s", summary)
+    return {**facts, "summary": summary}
