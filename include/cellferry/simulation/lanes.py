@@ -246,11 +246,13 @@ class Fleet:
             yield Task("scheduling", around.scheduler_s, work, (SCHEDULERS,), priority=priority)
         worker_s = around.task_s if airflow else 0.0
         holds = (SLOTS, _at_once(within or stage))
+        # a step is one process, and one session in each cell: none uses two cores
+        seconds = worker_s + max(cost.seconds, cost.mover, cost.source, cost.destination)
+        work = self._work(subject, cost, worker_s, rows, keys, only_source=only_source)
         span = yield Task(
             stage,
-            # a step is one process, and one session in each cell: none uses two cores
-            worker_s + max(cost.seconds, cost.mover, cost.source, cost.destination),
-            self._work(subject, cost, worker_s, rows, keys, only_source=only_source),
+            seconds,
+            work if seconds else {},  # what nobody measured costs nothing
             (*(holds if begins else ()), *takes_too),
             (*(holds if ends else ()), *gives_too),
             priority,
