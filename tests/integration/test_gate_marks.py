@@ -121,8 +121,9 @@ def test_a_mark_stays_while_a_snapshot_still_shows_its_gate(gated: GatedCell) ->
         say_moved(gated, "2")  # every change sweeps
         assert marks(gated) == {"@1", "@2"}
 
-        with pytest.raises(psycopg.errors.SerializationFailure):
+        with pytest.raises(psycopg.Error) as refused:
             session.execute(WRITE.encode())
+        assert refused.value.sqlstate == MOVED
         session.rollback()
 
     eventually(lambda: swept_to(gated, {"@2"}))
