@@ -38,6 +38,8 @@ ROWS, KEYS = 40, 12
 RUNS, SIZE = 8, 25
 FEW, SMALL = 4, 10
 WAITING = 1_000
+#: A wave counts when at least this share of it was moved.
+ENOUGH = 0.95
 SOAK_S = 2
 WITHIN_S = 1_800
 
@@ -61,7 +63,8 @@ class Wave:
 
     Attributes:
         processes: task processes that were started.
-        strategies: how often each strategy was chosen.
+        strategies: those that plans chose.
+        failed: organizations that were not moved; they do not count.
     """
 
     name: str
@@ -70,6 +73,7 @@ class Wave:
     cpu_s: Mapping[str, float]
     processes: int = 0
     strategies: str = ""
+    failed: int = 0
 
     @property
     def per_hour(self) -> float:
@@ -152,9 +156,15 @@ class Place:
     api: AirflowApi
 
     def organizations(self, cell: str) -> list[str]:
-        """Return the ids of those that live in `cell`."""
+        """Return the ids of those that live in `cell` and are not on their way."""
+        busy = {
+            one.organization.id
+            for one in self.context.topology.migrations()
+            if one.state is not State.COMPLETED
+        }
         routes = self.context.topology.routes()
-        return sorted((one.organization for one in routes if one.cell == cell), key=int)
+        found = {one.organization for one in routes if one.cell == cell}
+        return sorted(found - busy, key=int)
 
     def around(self, count: int) -> tuple[list[str], str]:
         """Return `count` organizations of the fullest cell, and the next cell."""
@@ -184,17 +194,30 @@ class Place:
         wall_s, after = time.perf_counter() - began, processor_time(self.fleet)
         moved = [one for one in self.context.topology.migrations() if one.id not in known]
         done = [one for one in moved if one.state is State.COMPLETED]
-        if len(done) != runs * size:
+        if len(done) < ENOUGH * runs * size:
             raise RuntimeError(f"{name}: {len(done)} of {runs * size} organizations moved")
         strategies = sorted({str(one.strategy) for one in moved})
-        processes = sum(one.pid is not None for run in started for one in self.api.tasks(DAG, run))
+        processes = sum(map(self._processes, started))
         found = Wave(
-            name, len(done), wall_s, _between(before, after), processes, ", ".join(strategies)
-        )
+            name, len(done), wall_s, _between(before, after), processes, ", ".join(strategies),
+            runs * size - len(done),
+        )  # fmt: skip
         self.bench.say(
             f"{name}: {found.per_hour:,.0f} organizations/h, {found.cpu_each_s:.2f} CPU-s each"
         )
         return found
+
+    def _processes(self, run: str) -> int:
+        """Return how many tasks of a run had a process; the API gives at most 100 at a time."""
+        count, seen, total = 0, 0, 1
+        while seen < total:
+            answer = self.api._send(
+                "GET", f"/api/v2/dags/{DAG}/dagRuns/{run}/taskInstances?limit=100&offset={seen}"
+            )
+            found, total = answer["task_instances"], answer["total_entries"]
+            count += sum(one.get("pid") is not None for one in found)
+            seen += len(found) or total
+        return count
 
     def _wait(self, runs: Sequence[str]) -> None:
         """Wait until all have ended well; ask seldom, for the asking costs, too."""
@@ -203,9 +226,7 @@ class Place:
         while left:
             if (state := self.api.run_state(DAG, left[0])) in ENDED:
                 if state != "success":
-                    raise RuntimeError(
-                        f"run {left[0]} {state}: {self.api.log(DAG, left[0], 'report')}"
-                    )
+                    self.bench.say(f"{left[0]} {state}: {self.api.log(DAG, left[0], 'report')}")
                 left.pop(0)
             elif time.monotonic() > deadline:
                 raise RuntimeError(f"run {left[0]} is {state} after {WITHIN_S} s")
@@ -385,6 +406,7 @@ def run(bench: Bench) -> Section:
                 " run of 50."
             ),
             f"The strategy that the plan chose: {full.strategies}.",
+            *(f"{one.name}: {one.failed} organizations failed." for one in waves if one.failed),
             *_bare(full, alone),
         ],
     )  # fmt: skip
@@ -392,12 +414,12 @@ def run(bench: Bench) -> Section:
 
 _METHOD = f"""
 The local fleet (three cells with PostgreSQL and Valkey, the topology and Airflow 3.3.2 with
-LocalExecutor, all on this machine) moves organizations of about {ROWS} rows in 16 tables and {KEYS}
-keys, with DAG `{DAG}`, `soak_s` {SOAK_S} and `ttl_s` 0, so that each is copied, verified, cut over,
-soaked and its old copy deleted. All runs of a line are triggered at once; the time is from the
-first trigger to the end of the last run. Processor time is of all processes of the fleet, so
-servers, both reapers and Airflow's own loops count. Nobody writes meanwhile. The library alone does
-the same steps in two processes that are warm already.
+LocalExecutor, all on this machine) moves organizations of the sample application, of about {ROWS}
+rows and {KEYS} keys, with DAG `{DAG}`, `soak_s` {SOAK_S} and `ttl_s` 0, so that each is
+copied, verified, cut over, soaked and its old copy deleted. All runs of a line are triggered at
+once; the time is from the first trigger to the end of the last run. Processor time is of all
+processes of the fleet, so servers, both reapers and Airflow's own loops count. Nobody writes
+meanwhile. The library alone does the same steps in two processes that are warm already.
 """
 
 
