@@ -291,7 +291,7 @@ def attempt(
             moves: dict[str, StoreMove] = {}
             target_ms = MoveOptions.model_validate(dict(migration.options)).latency_target_ms
             pacing = stack.enter_context(
-                Pacing(topology, context.stores, move, step, progress, target_ms if paced else 0)
+                Pacing(topology, context.stores, move, step, progress, target_ms if paced else None)
             )
             for kind, store in context.stores.items():
                 opened = store.open(move, resources, progress, pacing.pace(kind))

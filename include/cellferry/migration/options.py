@@ -31,8 +31,8 @@ class MoveOptions(BaseModel):
         ge=0,
         le=60_000,
         description="What the p95 of small writes and reads at both cells is kept under, by moving "
-        "more slowly. Empty: derived from what they take while nothing moves there. 0: no such "
-        "throttle.",
+        "more slowly. Empty: no such throttle. 0: derived from what they take while nothing moves "
+        "there.",
     )
     batch_rows: int = Field(50_000, ge=100, le=500_000, description="Rows in one batch.")
     pause_budget_ms: int = Field(

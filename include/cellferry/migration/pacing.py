@@ -320,8 +320,8 @@ class Pacing:
     """The throttles of all stores of one step; use as a context manager.
 
     Args:
-        target_ms: of the probes' p95 in milliseconds; None for one that is derived from what the
-            probes take without movers; 0 for no such throttle.
+        target_ms: of the probes' p95 in milliseconds; 0 for one that is derived from what the
+            probes take without movers; None for no such throttle.
     """
 
     def __init__(
@@ -334,7 +334,7 @@ class Pacing:
         target_ms: float | None,
     ) -> None:
         self._stores: dict[str, StorePacing] = {}
-        if target_ms == 0:
+        if target_ms is None:
             return
         for kind, store in stores.items():
             probes = {move.cell(side).name: _prober(store, move.cell(side), move) for side in Side}
@@ -345,7 +345,7 @@ class Pacing:
                 move.migration,
                 probes,
                 topology.pace_teller(move.migration, move.attempt, kind),
-                None if target_ms is None else target_ms / 1000,
+                target_ms / 1000 or None,
                 progress,
             )
 

@@ -110,6 +110,17 @@ def migrate_organizations_params() -> dict[str, Param]:
             description="Throttle of each organization's copy. Empty: none. Example: 5000.",
             section=SPEED,
         ),
+        "latency_target_ms": Param(
+            None,
+            type=["null", "number"],
+            minimum=0,
+            maximum=60_000,
+            title="Latency target (ms)",
+            description="Moving slows down while the p95 of small writes and reads at one of the "
+            "two cells is over it. Empty: never. 0: over twice what they take while nothing moves "
+            "there.",
+            section=SPEED,
+        ),
         "batch_rows": Param(
             50_000,
             type="integer",

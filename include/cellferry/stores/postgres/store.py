@@ -443,9 +443,10 @@ class PostgresMove(StoreMove):
                     done.bytes + part.bytes,
                     done.seconds + part.seconds,
                 )
-                self._pace.breathe()
                 if part.applied < at_most or done.applied >= rounds.MAX_KEYS:
+                    # No rest behind the last: what changes meanwhile would keep it from converging.
                     return done
+                self._pace.breathe()
                 self._progress.check()
 
     def _round(self, max_keys: int = rounds.MAX_KEYS) -> Round:
