@@ -1,0 +1,406 @@
+"""What other organizations of both cells feel of a move: p50 and p99 of their transactions."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, Self
+
+import psycopg
+from tests.bench.cells import (
+    DESTINATION,
+    DESTINATION_OTHERS,
+    SOURCE,
+    SOURCE_OTHERS,
+    BenchCells,
+)
+from tests.bench.harness import Bench, Section, Table, Target, percentile
+
+from cellferry.errors import CellferryError
+from cellferry.migration import Context, steps
+from cellferry.model import Actor
+from cellferry.settings import Settings
+
+ROWS = 600_000
+PER_SECOND = 40
+"""Transactions each second at each cell: well below what the two cores can do."""
+SESSIONS = 4
+IDLE_S = 8.0
+COPY_S = 14.0
+AROUND_CUTOVER_S = 1.0
+FIXED_ROWS_PER_S = 5_000
+NICE = 10
+LIMIT = 1.3
+
+CONTENDERS: Mapping[str, Mapping[str, Any]] = {
+    "no throttle": {},
+    "fixed rate": {"rows_per_s": FIXED_ROWS_PER_S, "batch_rows": 1_000},
+    "controller": {"latency_target_ms": 0},
+}
+"""The options of each; the controller finds its target by itself."""
+
+
+@dataclass(frozen=True)
+class Felt:
+    """One transaction of a neighbour: when it was due (monotonic), and how long it took, ms."""
+
+    due: float
+    took_ms: float
+
+
+@dataclass
+class Neighbours:
+    """Small transactions of other organizations at one cell, in a process of their own.
+
+    Open loop: each is due at its time whether or not those before it have ended, and what it took
+    counts from then. One reads an issue and a page of comments by index, changes the issue,
+    writes an event, and commits durably, through the gates' triggers.
+    """
+
+    url: str
+    organizations: Sequence[int]
+    per_second: int = PER_SECOND
+
+    def __enter__(self) -> Self:
+        context = get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve,
+            args=(self.url, list(self.organizations), self.per_second, theirs),
+            daemon=True,
+        )
+        self._process.start()
+        theirs.close()
+        self._pipe.recv()  # it is under way
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def take(self) -> list[Felt]:
+        """Return the transactions that ended since the last call."""
+        self._pipe.send(None)
+        return list(self._pipe.recv())
+
+
+def _serve(url: str, organizations: list[int], per_second: int, pipe: Connection) -> None:
+    felt: list[Felt] = []
+    lock = threading.Lock()
+    began = time.monotonic() + 0.5
+
+    def work(number: int) -> None:
+        chance = random.Random(number)
+        with psycopg.connect(url) as connection:
+            issues = {
+                one: [
+                    row[0]
+                    for row in connection.execute(
+                        "SELECT id FROM issues WHERE organization_id = %s LIMIT 200", (one,)
+                    )
+                ]
+                for one in organizations
+            }
+            connection.commit()
+            turn = number
+            while True:
+                due = began + turn / per_second
+                turn += SESSIONS
+                if (wait := due - time.monotonic()) > 0:
+                    time.sleep(wait)
+                one = chance.choice(organizations)
+                _transaction(connection, one, chance.choice(issues[one]))
+                with lock:
+                    felt.append(Felt(due, (time.monotonic() - due) * 1000))
+
+    for number in range(SESSIONS):
+        threading.Thread(target=work, args=[number], daemon=True).start()
+    pipe.send("ready")
+    while True:
+        pipe.recv()
+        with lock:
+            told, felt[:] = list(felt), []
+        pipe.send(told)
+
+
+def _transaction(connection: psycopg.Connection[Any], organization: int, issue: int) -> None:
+    with connection.transaction():
+        connection.execute(
+            "SELECT title, project_id, author_id FROM issues WHERE id = %s", (issue,), prepare=True
+        )
+        connection.execute(
+            "SELECT id FROM comments WHERE issue_id = %s LIMIT 20", (issue,), prepare=True
+        )
+        connection.execute(
+            "UPDATE issues SET version = version + 1, updated_at = now() WHERE id = %s",
+            (issue,),
+            prepare=True,
+        )
+        connection.execute(
+            "INSERT INTO events (organization_id, project_id, author_id, action, created_at)"
+            " SELECT organization_id, project_id, author_id, 'edited', now() FROM issues"
+            " WHERE id = %s",
+            (issue,),
+            prepare=True,
+        )
+
+
+@contextlib.contextmanager
+def neighbours(cells: BenchCells) -> Iterator[dict[str, Neighbours]]:
+    """Let the neighbours of both cells work."""
+    with contextlib.ExitStack() as stack:
+        yield {
+            cell: stack.enter_context(
+                Neighbours(cells.server(cell).url("app", "bench", "application"), others)
+            )
+            for cell, others in (
+                (SOURCE, [*SOURCE_OTHERS]),
+                (DESTINATION, [*DESTINATION_OTHERS]),
+            )
+        }
+
+
+# ── the mover, in a process of its own ──────────────────────────────────────────────────────────
+
+
+def _move(
+    known: Settings, connections: Mapping[str, str], step: str, migration: int, pipe: Connection
+) -> None:
+    os.nice(NICE)
+    actor = Actor("bench", role="system")
+    with Context.from_settings(known, connections.get, actor=actor) as context:
+        began = time.monotonic()
+        trouble = ""
+        try:
+            getattr(steps, step)(context, migration)
+        except CellferryError as error:
+            trouble = str(error)
+        pipe.send((began, time.monotonic(), trouble))
+
+
+@contextlib.contextmanager
+def moving(
+    cells: BenchCells, step: str, migration: int
+) -> Iterator[tuple[BaseProcess, Connection]]:
+    """Run a step in a process of its own; it is killed at the block's end.
+
+    The connection gives its beginning, its end and what went wrong.
+    """
+    context = get_context("spawn")
+    ours, theirs = context.Pipe()
+    arguments = (cells.settings, cells.connections, step, migration, theirs)
+    process = context.Process(target=_move, args=arguments, daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield process, ours
+    finally:
+        process.kill()
+        process.join()
+
+
+@dataclass
+class Found:
+    """What was felt, by circumstance and cell, of all runs, and how fast the copies were."""
+
+    took_ms: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+    rates: dict[str, list[float]] = field(default_factory=dict)
+    decisions: list[Mapping[str, Any]] = field(default_factory=list)
+
+    def add(self, name: str, felt: Mapping[str, Sequence[Felt]], since: float, to: float) -> None:
+        """Keep what was due between two moments."""
+        for cell, some in felt.items():
+            chosen = [one.took_ms for one in some if since <= one.due < to]
+            self.took_ms.setdefault((name, cell), []).extend(chosen)
+
+    def of(self, name: str, cell: str | None = None) -> list[float]:
+        """Return what was felt at one cell, or at both."""
+        return [
+            one
+            for (whose, where), some in self.took_ms.items()
+            if whose == name and cell in (None, where)
+            for one in some
+        ]
+
+    def p99(self, name: str, cell: str | None = None) -> float:
+        """Return the 99th percentile of a circumstance in milliseconds."""
+        return percentile(self.of(name, cell), 99)
+
+
+def run(bench: Bench) -> Section:
+    """Measure, and say whether the controller keeps its promise."""
+    cells = BenchCells.made(bench, bench.size(ROWS))
+    cells.remember()
+    idle_s, copy_s = max(1.0, IDLE_S * min(bench.scale * 5, 1)), COPY_S * min(bench.scale * 5, 1)
+    found = Found()
+    names = list(CONTENDERS)
+    for turn in range(bench.runs):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            _copying(bench, cells, found, name, idle_s, max(3.0, copy_s))
+    _cutting_over(bench, cells, found, idle_s)
+    return _section(found, bench)
+
+
+def _copying(
+    bench: Bench, cells: BenchCells, found: Found, name: str, idle_s: float, copy_s: float
+) -> None:
+    """Let the neighbours work alone for a while, then beside a copy."""
+    cells.restore()
+    migration = cells.plan(**CONTENDERS[name])
+    with neighbours(cells) as working:
+        time.sleep(1.5)  # caches and prepared statements
+        _discard(working)
+        began = time.monotonic()
+        time.sleep(idle_s)
+        ended = time.monotonic()
+        found.add("idle", {cell: one.take() for cell, one in working.items()}, began, ended)
+        with moving(cells, "copy", migration) as (process, pipe):
+            since = _first_batch(cells, process)
+            _discard(working)
+            until = since + copy_s
+            while time.monotonic() < until and process.is_alive():
+                time.sleep(0.1)
+            now = time.monotonic()
+            felt = {cell: one.take() for cell, one in working.items()}
+            copied = _copied(cells)
+            with cells.context() as context:
+                paces = context.topology.paces(migration)
+            if pipe.poll():
+                _, now, trouble = pipe.recv()
+                if trouble:
+                    raise RuntimeError(trouble)
+    found.add(name, felt, since, now)
+    found.rates.setdefault(name, []).append(copied / (now - since))
+    found.decisions += [
+        {"cell": one.cell, "share": one.share, "target_s": one.target_s, "idle_s": one.idle_s}
+        for one in paces
+        if name == "controller"
+    ]
+    notes = "; ".join(f"{one.cell} {one.share:.0%} ({one.note})" for one in paces)
+    bench.say(
+        f"{name}: {copied / (now - since):,.0f} rows/s for {now - since:.0f} s, p99"
+        f" {found.p99(name):.1f} ms (idle {found.p99('idle'):.1f} ms) {notes}"
+    )
+
+
+def _first_batch(cells: BenchCells, process: BaseProcess) -> float:
+    """Wait until rows arrive: what comes before is no copy. Return that moment."""
+    while process.is_alive() and not _copied(cells):
+        time.sleep(0.05)
+    return time.monotonic()
+
+
+def _copied(cells: BenchCells) -> int:
+    with cells.admin(DESTINATION) as connection:
+        row = connection.execute("SELECT sum(rows)::bigint FROM cellferry.checkpoint").fetchone()
+    return int(row[0] or 0) if row else 0
+
+
+def _discard(working: Mapping[str, Neighbours]) -> None:
+    for one in working.values():
+        one.take()
+
+
+def _cutting_over(bench: Bench, cells: BenchCells, found: Found, idle_s: float) -> None:
+    """Move the organization for good, as fast as it goes, and look at its cutover."""
+    for _ in range(bench.runs):
+        cells.restore()
+        migration = cells.plan()
+        for step in ("copy", "sync", "verify"):
+            cells.run(step, migration)
+        with neighbours(cells) as working:
+            time.sleep(1.5)
+            with moving(cells, "cutover", migration) as (process, pipe):
+                if not pipe.poll(120):
+                    raise RuntimeError("the cutover did not end")
+                began, ended, trouble = pipe.recv()
+                if trouble:
+                    raise RuntimeError(trouble)
+                process.join()
+            time.sleep(AROUND_CUTOVER_S)
+            felt = {cell: one.take() for cell, one in working.items()}
+            found.add("cutover", felt, began, ended + AROUND_CUTOVER_S)
+            began = time.monotonic()
+            time.sleep(idle_s / 2)
+            felt = {cell: one.take() for cell, one in working.items()}
+            found.add("after", felt, began, time.monotonic())
+        bench.say(f"cutover: p99 {found.p99('cutover'):.1f} ms")
+
+
+def _section(found: Found, bench: Bench) -> Section:
+    order = ("idle", *CONTENDERS, "cutover", "after")
+    rows = []
+    for name in order:
+        rates = found.rates.get(name)
+        rows.append(
+            [
+                name,
+                len(found.of(name)),
+                percentile(found.of(name), 50),
+                found.p99(name, SOURCE),
+                found.p99(name, DESTINATION),
+                found.p99(name),
+                found.p99(name) / found.p99("idle"),
+                statistics.median(rates) if rates else None,
+            ]
+        )
+    ratio = found.p99("controller") / found.p99("idle")
+    free = found.p99("no throttle") / found.p99("idle")
+    fast, slow = (statistics.median(found.rates[name]) for name in ("no throttle", "controller"))
+    shares = [one["share"] for one in found.decisions]
+    table = Table(
+        ("While", "transactions", "p50, ms", "p99 at the source, ms", "p99 at the destination, ms",
+         "p99, ms", "times idle", "rows copied/s"),
+        rows,
+    )  # fmt: skip
+    compared = (
+        f"The controller copied {slow / fast:.0%} as fast as no throttle did, at"
+        f" {ratio:.2f} times the idle p99 instead of {free:.2f} times."
+    )
+    remarks = [compared]
+    if shares:
+        remarks.append(
+            f"At the end of its runs the controller let the mover work {min(shares):.0%} to"
+            f" {max(shares):.0%} of the time."
+        )
+    return Section(
+        title="Neighbours",
+        method=f"""Other organizations of both cells (49 at the source, 20 at the destination) do
+            {PER_SECOND} small transactions a second at each cell, open loop: two reads by index, a
+            one-row UPDATE and an INSERT through the gates, a durable commit; what one took counts
+            from when it was due. They work alone, then beside the copy of the large organization,
+            for {COPY_S:.0f} s or until it ends, {bench.runs} times in turn: without a throttle,
+            with {FIXED_ROWS_PER_S:,} rows/s in batches of 1,000, and with the latency-driven
+            controller with the target that it finds by itself. In production the mover runs on
+            another machine; here it shares two cores with both servers and with the neighbours'
+            clients, and runs at nice {NICE}, while the servers' own processes that work for it run as all others do.""",
+        tables=[table],
+        targets=[
+            Target(
+                "Neighbours' p99 during a copy with the controller, against idle",
+                LIMIT,
+                ratio,
+                why="" if ratio <= LIMIT else _why(found),
+            )
+        ],
+        remarks=remarks,
+    )
+
+
+def _why(found: Found) -> str:
+    worse = max((SOURCE, DESTINATION), key=lambda cell: found.p99("controller", cell))
+    return (
+        f"the worse cell is {worse} ({found.p99('controller', worse):.1f} ms, idle"
+        f" {found.p99('idle', worse):.1f} ms): both servers, the mover and the clients share two"
+        " cores, and a piece of the mover's work that has begun in a server is not taken back"
+    )
