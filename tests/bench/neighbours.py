@@ -383,7 +383,8 @@ def _section(found: Found, bench: Bench) -> Section:
             with {FIXED_ROWS_PER_S:,} rows/s in batches of 1,000, and with the latency-driven
             controller with the target that it finds by itself. In production the mover runs on
             another machine; here it shares two cores with both servers and with the neighbours'
-            clients, and runs at nice {NICE}, while the servers' own processes that work for it run as all others do.""",
+            clients, and runs at nice {NICE}, while the servers' own processes that work for it run
+            as all others do.""",
         tables=[table],
         targets=[
             Target(
