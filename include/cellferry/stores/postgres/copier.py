@@ -38,6 +38,10 @@ STRETCH_S = 60.0
 #: How often (seconds) the size of the destination is looked at.
 LOOK_EVERY_S = 2.0
 
+#: A batch at the slowest pace.
+LEAST_ROWS = 1_000
+LEAST_BYTES = 256 * 1024
+
 #: Marks the checkpoint of the referenced rows of an owned table.
 REFERENCES_OF = "references of "
 
@@ -172,15 +176,15 @@ class Copier:
         """Send up to one batch of `rows` and commit it with its checkpoint."""
         self._progress.check()
         self._check_room()
-        limits = self._move.limits
+        max_rows, max_bytes = self._bounds()
         last: bytes | None = None
         done = True
         try:
             with write(self._destination, self._move):
-                with Inlet(self._destination, wire) as inlet:
+                with Inlet(self._destination, wire, pace=self._throttle.pace) as inlet:
                     for last, row in rows:  # noqa: B007 - the last key is the batch's checkpoint
                         inlet.put(row)
-                        if inlet.rows >= limits.batch_rows or inlet.bytes >= limits.batch_bytes:
+                        if inlet.rows >= max_rows or inlet.bytes >= max_bytes:
                             done = False
                             break
                 new = Checkpoint(
@@ -231,7 +235,7 @@ class Copier:
         Returns:
             The last key, rows, bytes, and whether the table ended.
         """
-        limits = self._move.limits
+        max_rows, max_bytes = self._bounds()
         last: bytes | None = None
         done = end is None
         with (
@@ -242,7 +246,7 @@ class Copier:
             with Inlet(self._destination, wire, WAITING_ROOM) as inlet:
                 for last, row in wire.rows(stream):  # noqa: B007 - the last key is returned
                     inlet.put(row)
-                    full = inlet.rows >= limits.batch_rows or inlet.bytes >= limits.batch_bytes
+                    full = inlet.rows >= max_rows or inlet.bytes >= max_bytes
                     if end is None and full:
                         done = False
                         break
@@ -253,6 +257,14 @@ class Copier:
             inlet.rows,
             inlet.bytes,
             done,
+        )
+
+    def _bounds(self) -> tuple[int, int]:
+        """Return rows and bytes of one batch: it takes no longer at a slow pace."""
+        limits, pace = self._move.limits, self._throttle.pace
+        return (
+            pace.size(limits.batch_rows, LEAST_ROWS),
+            pace.size(limits.batch_bytes, LEAST_BYTES),
         )
 
     def _check_room(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Self
 import psycopg
 from psycopg import sql
 
+from cellferry.stores.pace import FULL_SPEED, Pace
 from cellferry.stores.postgres.row_keys import key_array
 from cellferry.stores.postgres.schema import Table
 from cellferry.stores.postgres.scope import Key, column_list, parse_key
@@ -25,6 +26,9 @@ BINARY_TRAILER = b"\xff\xff"
 
 #: Rows are handed to libpq in pieces of this many bytes.
 PIECE_BYTES = 64 * 1024
+
+#: The same where the cells ask for a slow pace: short pieces of work, and a rest after each.
+SHORT_PIECE_BYTES = 8 * 1024
 
 #: Types whose binary form is an OID of this server, which means something else in the other.
 _OID_TYPES = (
@@ -91,6 +95,9 @@ class Inlet:
     """The receiving end: collects rows into pieces and counts them.
 
     Use as a context manager around the rows of one batch; an exception inside cancels the COPY.
+
+    Args:
+        pace: rests after each piece.
     """
 
     def __init__(
@@ -98,7 +105,11 @@ class Inlet:
         connection: psycopg.Connection[Any],
         wire: Wire,
         target: sql.Composable | None = None,
+        *,
+        pace: Pace = FULL_SPEED,
     ) -> None:
+        self._pace = pace
+        self._piece_bytes = pace.size(PIECE_BYTES, SHORT_PIECE_BYTES)
         self._cursor = connection.cursor()
         self._context = self._cursor.copy(wire.into(target))
         self._wire = wire
@@ -120,8 +131,9 @@ class Inlet:
         self._pending += size
         self.rows += 1
         self.bytes += size
-        if self._pending >= PIECE_BYTES:
+        if self._pending >= self._piece_bytes:
             self._flush()
+            self._pace.breathe()
 
     def _flush(self) -> None:
         self._copy.write(b"".join(self._pieces))
