@@ -16,15 +16,11 @@ from tests.bench.cells import DATABASE, DESTINATION, LARGE, OWNED, SOURCE, Bench
 from tests.bench.harness import Bench, Cost, Section, Table, Target, in_turn, median
 
 from cellferry.local.postgres_server import PostgresServer
-from cellferry.migration import MoveOptions
 
 CELLFERRY = "cellferry, with checkpoints"
 PIPE = "psql COPY \\| psql COPY (the limit)"
 EXPORT = "export to a file, import"
 NATIVE = "native logical replication, row filters"
-
-#: No latency-driven throttle: how fast it can be is asked here, how gentle elsewhere.
-UNTHROTTLED = {"latency_target_ms": 0} if "latency_target_ms" in MoveOptions.model_fields else {}
 
 #: Rows of these have no column that a publication's row filter could name.
 _UNFILTERED = ("label_links", "merge_request_files", "users")
@@ -137,7 +133,7 @@ class _Copies:
         self.unsubscribe()
         self.cells.restore()
         if name == CELLFERRY:
-            self.migration = self.cells.plan(**UNTHROTTLED)
+            self.migration = self.cells.plan()
 
     def unsubscribe(self) -> None:
         """Take down what the native contender made."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import psycopg
 from tests.bench.cells import DESTINATION, OWNED, SOURCE, BenchCells, condition
-from tests.bench.copying import UNTHROTTLED
 from tests.bench.harness import Bench, Cost, Section, Table, Target, in_turn, median
 
 from cellferry.errors import VerificationFailed
@@ -102,7 +101,7 @@ class _Comparisons:
 def run(bench: Bench) -> Section:
     """Measure on equal sides, then let each contender find one changed row."""
     cells = BenchCells.made(bench, bench.size(2_000_000))
-    migration = cells.plan(**UNTHROTTLED)
+    migration = cells.plan()
     cells.run("copy", migration)
     cells.run("sync", migration)
     bench.say("copied")
