@@ -98,9 +98,45 @@ def alternate(
     With `stop` set it ends after the alternation that is under way, and checks that.
     """
     stop = stop or threading.Event()
+    with opened(DURABLE if durable else FAST, rows=rows) as fleet:
+        moved = fleet.application.organizations_to_move(1)[0]
+        retries = 0
+        with fleet.application.start_traffic(writes_per_s, focus=[moved]):
+            for number in range(1, times + 1):
+                if stop.is_set():
+                    break
+                retries += there_and_back(fleet.context, moved)
+                say(f"{number} of {times}")
+            time.sleep(1)
+        return Outcome(
+            fleet.application.check(),
+            longest_waits(fleet.application.ledger(), moved, fleet.topology_url),
+            left_behind(fleet.context, moved),
+            retries,
+        )
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """Two prepared cells with the sample application's organizations, and their topology."""
+
+    context: Context
+    application: Application
+    topology_url: str
+
+
+@contextmanager
+def opened(postgres: Mapping[str, str], *, rows: int, sizes: Sequence[int] = ()) -> Iterator[Fleet]:
+    """Start two cells and a topology; all ends with the block.
+
+    Args:
+        postgres: settings of the servers.
+        rows: of the first organization.
+        sizes: rows of further organizations, which come last.
+    """
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cellferry-alt-")))
-        connections = _start(stack, directory, DURABLE if durable else FAST)
+        connections = _start(stack, directory, postgres)
         config = directory / "cells.yaml"
         config.write_text(json.dumps(_deployment()), encoding="utf-8")
         context = stack.enter_context(
@@ -111,28 +147,22 @@ def alternate(
             connections.get, context.topology, cells=CELLS, directory=directory / "application"
         )
         application.provision()
-        application.seed(organizations=4, rows=rows)
+        application.seed(organizations=4, rows=rows, sizes=sizes)
         for cell in CELLS:
             steps.prepare_cell(context, cell)
-        moved = application.organizations_to_move(1)[0]
-        retries = 0
-        with application.start_traffic(writes_per_s, focus=[moved]):
-            for number in range(1, times + 1):
-                if stop.is_set():
-                    break
-                retries += _there_and_back(context, moved)
-                say(f"{number} of {times}")
-            time.sleep(1)
-        left = [
-            f"left behind: {one.kind} {one.name} in {one.cell}/{one.store} of migration {found.id}"
-            for found in context.topology.migrations(org=moved)
-            for one in context.topology.live_resources(found.id)
-        ]
-        pauses = _pauses(application.ledger(), moved, connections["cellferry-topology"])
-        return Outcome(application.check(), pauses, left, retries)
+        yield Fleet(context, application, connections["cellferry-topology"])
 
 
-def _there_and_back(context: Context, moved: Organization) -> int:
+def left_behind(context: Context, moved: Organization) -> list[str]:
+    """Return what the topology still knows of in the cells, in words."""
+    return [
+        f"left behind: {one.kind} {one.name} in {one.cell}/{one.store} of migration {found.id}"
+        for found in context.topology.migrations(org=moved)
+        for one in context.topology.live_resources(found.id)
+    ]
+
+
+def there_and_back(context: Context, moved: Organization) -> int:
     """One alternation; returns how many steps had to be tried again."""
     plan = steps.plan(
         context,
@@ -167,7 +197,7 @@ def _insist(step: Callable[[], Any]) -> int:
     return TRIES
 
 
-def _pauses(ledger: Ledger, moved: Organization, topology: str) -> dict[str, list[float]]:
+def longest_waits(ledger: Ledger, moved: Organization, topology: str) -> dict[str, list[float]]:
     """Return the longest wait of a write around each flip, by the kind of flip."""
     flips = sorted(
         (one.at, one.cell)

@@ -73,18 +73,21 @@ class Application:
         if seeds := self._seeds():
             self._provision_organizations(seeds)
 
-    def seed(self, organizations: int = 12, rows: int = 300_000) -> Mapping[str, int]:
+    def seed(
+        self, organizations: int = 12, rows: int = 300_000, *, sizes: Sequence[int] = ()
+    ) -> Mapping[str, int]:
         """Make organizations and register them; repeated, it makes only what is missing.
 
         Args:
             organizations: how many; most live in the first cell.
             rows: size of the largest.
+            sizes: makes further organizations of so many rows in the first cell.
 
         Returns:
             About how many rows were made of each, by id.
         """
         known = {seed.organization.id for seed in self._seeds()}
-        seeds = seeding.plan_seeds(organizations, rows, list(self.places))
+        seeds = seeding.plan_seeds(organizations, rows, list(self.places), sizes)
         missing = [seed for seed in seeds if seed.organization.id not in known]
         self._provision_organizations(missing)
         made = seeding.seed(self.places, missing)

@@ -19,6 +19,7 @@ from cellferry.model import Organization
 #: Rows of each organization that writers change, spread over the range of keys.
 HOT_ROWS = 120
 _FIRST_ID = 101
+_FIRST_SIZED_ID = 5001
 _NAMES = (
     "aurora", "breeze", "cobalt", "dune", "ember", "fjord", "grove", "harbor", "islet",
     "juniper", "krill", "lagoon", "meadow", "nimbus", "orchid", "prairie", "quartz", "reef",
@@ -43,11 +44,13 @@ class Seed:
     weight: float = 1.0
 
 
-def plan_seeds(organizations: int, rows: int, cells: Sequence[str]) -> tuple[Seed, ...]:
+def plan_seeds(
+    organizations: int, rows: int, cells: Sequence[str], sizes: Sequence[int] = ()
+) -> tuple[Seed, ...]:
     """Decide what to make: the first is the large one, the second hot, every fourth tiny.
 
     Most live in the first cell; the last quarter is spread over the others, so that a
-    destination already holds organizations.
+    destination already holds organizations. Those of the given `sizes` come last.
     """
     settled = max(1, organizations // 4) if len(cells) > 1 and organizations > 3 else 0
     seeds = []
@@ -65,6 +68,9 @@ def plan_seeds(organizations: int, rows: int, cells: Sequence[str]) -> tuple[See
                 weight=4.0 if index == 1 else 2.0 if index == 0 else 1.0,
             )
         )
+    for index, size in enumerate(sizes, start=_FIRST_SIZED_ID):
+        keys = max(12, min(20_000, size // 20))
+        seeds.append(Seed(Organization(str(index), f"sized-{size}"), cells[0], size, keys))
     return tuple(seeds)
 
 

@@ -16,6 +16,7 @@ from psycopg import sql
 from cellferry.errors import VerificationFailed
 from cellferry.model import Move
 from cellferry.stores.postgres.applied import Applied, dangling, deletes, digests
+from cellferry.stores.postgres.children import children_of, tie
 from cellferry.stores.postgres.conflicts import WAITING_ROOM, admit, clear_the_way, waiting_room
 from cellferry.stores.postgres.delta import Delta
 from cellferry.stores.postgres.ownership import owner_text
@@ -305,17 +306,7 @@ class Applier:
     def _children_at_destination(
         self, child: Table, hop: Hop, parent: Table, gone: set[Key]
     ) -> set[Key]:
-        statement = sql.SQL(
-            "SELECT {} FROM {} AS t JOIN {} AS p ON {} JOIN {} ON {} WHERE {}"
-        ).format(
-            key_array(child, "t"),
-            child.name.identifier,
-            parent.name.identifier,
-            _tie(hop),
-            keys_relation(parent, gone),
-            keys_match(parent, "p"),
-            self._scope.owned(child),
-        )
+        statement = children_of(self._scope, child, hop, parent, gone)
         return {tuple(key) for (key,) in self._destination.execute(statement, prepare=False)}
 
     def _parents_missing(self, child: Table, hop: Hop, parent: Table, keys: set[Key]) -> set[Key]:
@@ -327,7 +318,7 @@ class Applier:
                     child.name.identifier,
                     keys_join(child, keys),
                     parent.name.identifier,
-                    _tie(hop),
+                    tie(hop),
                     self._scope.owned(child),
                 ),
                 prepare=False,
@@ -411,13 +402,6 @@ class Applier:
                 )
             applied.compared += len(done[relation])
             applied.hashes[relation] = {"count": str(count), "hash": str(total)}
-
-
-def _tie(hop: Hop) -> sql.Composed:
-    return sql.SQL(" AND ").join(
-        sql.SQL("{} = {}").format(sql.Identifier("p", theirs), sql.Identifier("t", ours))
-        for ours, theirs in zip(hop.columns, hop.parent_columns, strict=True)
-    )
 
 
 def _grouped(rows: Any) -> list[tuple[int, set[Key]]]:

@@ -6,14 +6,15 @@ round asks the source for all rows at once and tells the destination everything 
 libpq's pipeline mode. COPY knows no pipeline; rows travel as the text that PostgreSQL's own
 output functions write and its input functions read, as in a dump.
 
-Only the ordinary case is here. Whatever is unusual (a unique value in the way, a shared row that
-is missing, a child without its parent) is rolled back and left to `apply`.
+Only the ordinary case is here. Whatever is unusual (a unique value in the way, a child without its
+parent, a row of another organization) is rolled back and left to `apply`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import psycopg
@@ -21,11 +22,14 @@ from psycopg import sql
 
 from cellferry.model import Move
 from cellferry.stores.postgres.applied import Applied, Dirty, dangling, deletes, digests
+from cellferry.stores.postgres.children import children_of
+from cellferry.stores.postgres.deferrable import violations
 from cellferry.stores.postgres.ownership import owner_text
-from cellferry.stores.postgres.references import ReferencedRows, crossing, outward
+from cellferry.stores.postgres.references import Needs, ReferencedRows, crossing, outward
+from cellferry.stores.postgres.rendering import rendered
 from cellferry.stores.postgres.row_keys import key_array
-from cellferry.stores.postgres.schema import Column, Table
-from cellferry.stores.postgres.scope import Key, Scope, keys_join
+from cellferry.stores.postgres.schema import Column, ForeignKey, Placement, Table
+from cellferry.stores.postgres.scope import Key, Scope, keys_join, keys_match, keys_relation
 from cellferry.stores.postgres.transactions import write
 
 #: More keys than this are worth a COPY for each table.
@@ -38,9 +42,14 @@ class _UnusualError(Exception):
 
 @dataclass(frozen=True)
 class _Read:
-    """What one snapshot of the source says of the keys."""
+    """What one snapshot of the source says of the keys.
 
-    rows: Mapping[Table, list[tuple[str | None, ...]]]
+    Attributes:
+        rows: the current rows by table and key, as texts.
+        digest: by table's name.
+    """
+
+    rows: Mapping[Table, Mapping[Key, tuple[str | None, ...]]]
     digest: Mapping[str, tuple[Any, ...]]
 
 
@@ -81,17 +90,15 @@ class Delta:
         shared = _of(self._scope.data_map.referenced, keys)
         if not self._fits(owned, shared):
             return None
-        if any(self._references.took_along(table, some) for table, some in shared.items()):
-            return None
-        read = self._read(owned)
-        if any(
-            len(read.rows[table]) < len(some) and self._leaves_children(table)
-            for table, some in owned.items()
-        ):
-            return None
+        followed = {
+            table: some
+            for table, asked in shared.items()
+            if (some := self._references.followed(table, asked))
+        }
+        read = self._read({**owned, **followed})
         try:
             with write(self._destination, self._move):
-                applied = self._write(owned, shared, read)
+                applied = self._write(owned, followed, read)
                 if before_commit is not None:
                     before_commit()
         except (_UnusualError, psycopg.errors.UniqueViolation, psycopg.errors.ExclusionViolation):
@@ -103,62 +110,78 @@ class Delta:
         return (
             0 < count <= MOST_KEYS
             and bool(owned)
-            and not any(unique.deferrable for table in owned for unique in table.uniques)
             and not any(self._references.has_holders(table) for table in shared)
         )
 
-    def _leaves_children(self, table: Table) -> bool:
-        """Whether a row that is gone may leave children that no constraint took with it."""
-        return any(not hop.is_enforced for hop in self._scope.children.get(table.name, ()))
-
-    def _read(self, owned: Dirty) -> _Read:
+    def _read(self, wanted: Dirty) -> _Read:
         with self._source.pipeline():
             selected = {
                 table: self._source.execute(self._select(table, some), prepare=False)
-                for table, some in owned.items()
+                for table, some in wanted.items()
             }
-            digest = self._source.execute(digests(self._scope, owned), prepare=False)
+            digest = self._source.execute(digests(self._scope, wanted), prepare=False)
         return _Read(
-            rows={table: cursor.fetchall() for table, cursor in selected.items()},
+            rows={
+                table: {tuple(key): tuple(values) for key, *values in cursor}
+                for table, cursor in selected.items()
+            },
             digest={row[0]: row[1:] for row in digest},
         )
 
     def _select(self, table: Table, keys: set[Key]) -> sql.Composed:
         return sql.SQL("SELECT {} FROM {} AS t {} WHERE {}").format(
-            sql.SQL(", ").join(_as_text(column) for column in table.copied_columns),
+            _key_and_texts(table),
             table.name.identifier,
             keys_join(table, keys),
-            self._scope.owned(table),
+            self._scope.owned(table) if table.owners else sql.SQL("true"),
         )
 
-    def _write(self, owned: Dirty, shared: Dirty, read: _Read) -> Applied:
+    def _write(self, owned: Dirty, followed: Dirty, read: _Read) -> Applied:
         unusual = []
+        # A shared row that is gone at the source stays: nobody's row is deleted by a move.
+        present = {table: set(rows) for table in followed if (rows := read.rows[table])}
+        written = {**owned, **present}
         with self._destination.pipeline():
             if orphans := self._orphans(owned):
                 unusual.append(self._destination.execute(orphans, prepare=False))
-            if imported := self._imported(shared):
-                unusual.append(self._destination.execute(imported, prepare=False))
+            children = [
+                (child, self._destination.execute(query, prepare=False))
+                for child, query in self._children_left(owned, read)
+            ]
             self._destination.execute(deletes(self._scope, owned), prepare=False)
-            for table, rows in read.rows.items():
-                if rows:
+            for table, some in present.items():
+                self._destination.execute(_delete_shared(table, some), prepare=False)
+            for table in written:
+                if incoming := read.rows[table].values():
                     self._destination.execute(
-                        _insert(table), [list(values) for values in zip(*rows, strict=True)]
+                        _insert(table), [list(values) for values in zip(*incoming, strict=True)]
                     )
-            if missing := self._missing_references(owned):
-                unusual.append(self._destination.execute(missing, prepare=False))
-            digest = self._destination.execute(digests(self._scope, owned), prepare=False)
-        if any(cursor.fetchone() for cursor in unusual):
+            if conflicts := self._conflicts(written, read):
+                unusual.append(self._destination.execute(conflicts, prepare=False))
+            checks = self._checks(owned)
+            missing = self._missing_references(checks)
+            digest = self._destination.execute(digests(self._scope, written), prepare=False)
+        if any(cursor.fetchone() for cursor in unusual) or any(
+            not {tuple(key) for (key,) in cursor} <= owned.get(child, set())
+            for child, cursor in children
+        ):
             raise _UnusualError
         there = {row[0]: row[1:] for row in digest}
-        if there != read.digest:
+        if there != {str(table.name): read.digest[str(table.name)] for table in written}:
             raise _UnusualError
+        brought, size = self._bring(checks, missing)
         applied = Applied(
-            keys=sum(len(some) for some in owned.values()),
-            rows=sum(len(rows) for rows in read.rows.values()),
-            bytes=sum(
-                len(value) for rows in read.rows.values() for row in rows for value in row if value
+            keys=sum(len(some) for some in written.values()),
+            rows=brought + sum(len(read.rows[table]) for table in written),
+            bytes=size
+            + sum(
+                len(value)
+                for table in written
+                for row in read.rows[table].values()
+                for value in row
+                if value
             ),
-            compared=sum(len(some) for some in owned.values()),
+            compared=sum(len(some) for some in written.values()),
         )
         for relation, (count, total) in there.items():
             applied.hashes[relation] = {"count": str(count), "hash": str(total)}
@@ -177,38 +200,95 @@ class Delta:
             for table, some in asked.items()
         )
 
-    def _imported(self, shared: Dirty) -> sql.Composed | None:
-        """A query that finds shared rows that this migration brought, and that changed."""
-        return _any_of(self._references.imported(table, some) for table, some in shared.items())
+    def _children_left(self, owned: Dirty, read: _Read) -> Iterator[tuple[Table, sql.Composed]]:
+        """Queries for the children of rows that are gone, where no constraint took them along.
 
-    def _missing_references(self, owned: Dirty) -> sql.Composed | None:
-        """A query that finds rows that refer to shared or global rows which are not there.
+        The application deletes these itself, so that they are dirty as well.
+        """
+        for table, some in owned.items():
+            gone = some - read.rows[table].keys()
+            for hop in self._scope.children.get(table.name, ()) if gone else ():
+                if not hop.is_enforced:
+                    yield hop.child, children_of(self._scope, hop.child, hop.hop, table, gone)
 
-        Or, where that is to be refused, to other organizations' rows.
+    def _conflicts(self, written: Dirty, read: _Read) -> sql.Composed | None:
+        """A query that finds rows with the same value in a deferrable unique key.
+
+        The replica role does not check those; a violation of the others is an error by itself.
         """
         return _any_of(
-            dangling(number, table, foreign_key, keys_join(table, some))
-            for number, (table, some, foreign_key) in enumerate(
-                (table, some, foreign_key)
-                for table, some in owned.items()
-                for foreign_key in (
-                    *outward(self._scope, table),
-                    *(crossing(self._scope, table) if self._refuses_crossings else ()),
-                )
-            )
+            violations(table, unique, written[table])
+            for table in written
+            if read.rows[table]
+            for unique in table.uniques
+            if unique.deferrable
         )
+
+    def _checks(self, owned: Dirty) -> list[tuple[Table, ForeignKey, set[Key]]]:
+        """The foreign keys to rows that are not the organization's; its own where refused."""
+        return [
+            (table, foreign_key, some)
+            for table, some in owned.items()
+            for foreign_key in (
+                *outward(self._scope, table),
+                *(crossing(self._scope, table) if self._refuses_crossings else ()),
+            )
+        ]
+
+    def _missing_references(
+        self, checks: list[tuple[Table, ForeignKey, set[Key]]]
+    ) -> Iterable[tuple[Any, ...]]:
+        """Ask for rows that refer to shared or global rows which are not there."""
+        if not checks:
+            return ()
+        statement = sql.SQL(" UNION ALL ").join(
+            dangling(number, table, foreign_key, keys_join(table, some))
+            for number, (table, foreign_key, some) in enumerate(checks)
+        )
+        return self._destination.execute(statement, prepare=False)
+
+    def _bring(
+        self,
+        checks: list[tuple[Table, ForeignKey, set[Key]]],
+        missing: Iterable[tuple[Any, ...]],
+    ) -> tuple[int, int]:
+        """Insert the shared rows that are missing; whatever else is missing is unusual."""
+        values: dict[int, set[Key]] = {}
+        for number, value in missing:
+            values.setdefault(number, set()).add(tuple(value))
+        needs: Needs = []
+        for number, some in values.items():
+            _, foreign_key, _ = checks[number]
+            if self._scope.data_map.by_name[foreign_key.parent].placement is not (
+                Placement.REFERENCED
+            ):
+                raise _UnusualError
+            needs.append((foreign_key, some))
+        return self._references.bring(needs)
 
 
 def _of(tables: tuple[Table, ...], keys: Mapping[str, set[Key]]) -> dict[Table, set[Key]]:
     return {table: some for table in tables if (some := keys.get(str(table.name)))}
 
 
-def _any_of(queries: Any) -> sql.Composed | None:
+def _any_of(queries: Iterable[sql.Composed]) -> sql.Composed | None:
     """Return a query that gives a row when one of `queries` does; None when there are none."""
     parts = [sql.SQL("EXISTS ({})").format(query) for query in queries]
     if not parts:
         return None
     return sql.SQL("SELECT 1 WHERE {}").format(sql.SQL(" OR ").join(parts))
+
+
+def _delete_shared(table: Table, keys: set[Key]) -> sql.Composed:
+    return sql.SQL("DELETE FROM {} AS t USING {} WHERE {}").format(
+        table.name.identifier, keys_relation(table, keys), keys_match(table)
+    )
+
+
+@lru_cache(4096)
+def _key_and_texts(table: Table) -> sql.Composed:
+    columns = (_as_text(column) for column in table.copied_columns)
+    return rendered(sql.SQL(", ").join([key_array(table, "t"), *columns]))
 
 
 def _as_text(column: Column) -> sql.Composed:
@@ -222,11 +302,12 @@ def _as_text(column: Column) -> sql.Composed:
     )
 
 
+@lru_cache(4096)
 def _insert(table: Table) -> sql.Composed:
     """Insert rows given as one array of texts for each column."""
     columns = table.copied_columns
     aliases = [sql.Identifier("v", f"c{number}") for number in range(len(columns))]
-    return sql.SQL(
+    statement = sql.SQL(
         "INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE SELECT {} FROM unnest({}) AS v({})"
     ).format(
         table.name.identifier,
@@ -238,3 +319,4 @@ def _insert(table: Table) -> sql.Composed:
         sql.SQL(", ").join(sql.SQL("%s::text[]") for _ in columns),
         sql.SQL(", ").join(sql.Identifier(f"c{number}") for number in range(len(columns))),
     )
+    return rendered(statement)

@@ -232,7 +232,7 @@ class ReferencedRows:
         """
         if not keys:
             return set()
-        imported = self._imported(table, keys) | self._ours_alone(table, keys)
+        imported = self.followed(table, keys)
         if not imported and not self._holders(table):
             return set()
         present = self.present(table, keys)
@@ -253,18 +253,22 @@ class ReferencedRows:
             self._record(table, fresh)
         return present
 
+    def followed(self, table: Table, keys: Collection[Key]) -> set[Key]:
+        """Return those of `keys` that are to be as the source has them."""
+        return self._imported(table, keys) | self._ours_alone(table, keys)
+
     def _imported(self, table: Table, among: Collection[Key]) -> set[Key]:
         """Return those of `among` that this migration brought."""
         if not among:
             return set()
-        statement = self.imported(table, among)
+        statement = self._brought(table, among)
         return {tuple(key) for (key,) in self._destination.execute(statement, prepare=False)}
 
-    def took_along(self, table: Table, among: Collection[Key]) -> set[Key]:
+    def _took_along(self, table: Table, among: Collection[Key]) -> set[Key]:
         """On the way back: return those of `among` that this migration took to the new cell."""
         if not among or not self._returning:
             return set()
-        statement = self.imported(table, among)
+        statement = self._brought(table, among)
         return {tuple(key) for (key,) in self._source.execute(statement, prepare=False)}
 
     def kept(self, table: Table) -> list[Key]:
@@ -296,7 +300,7 @@ class ReferencedRows:
 
     def _ours_alone(self, table: Table, keys: Collection[Key]) -> set[Key]:
         """On the way back: those of `keys` that came along and that nobody else uses here."""
-        came_along = self.took_along(table, keys)
+        came_along = self._took_along(table, keys)
         return came_along - self._used_by_others(table, came_along)
 
     def _used_by_others(self, table: Table, keys: Collection[Key]) -> set[Key]:
@@ -373,7 +377,7 @@ class ReferencedRows:
         found = self._destination.execute(statement, prepare=False)
         return [(tuple(key), tuple(user)) for key, user in found]
 
-    def imported(self, table: Table, among: Collection[Key]) -> sql.Composed:
+    def _brought(self, table: Table, among: Collection[Key]) -> sql.Composed:
         """Return a query for those of `among` that this migration brought."""
         width = len(table.primary_key)
         return sql.SQL(
@@ -421,7 +425,7 @@ class ReferencedRows:
             )
         }
         held = set(owners.values())
-        imported = self._imported(shared, held) | self._ours_alone(shared, held)
+        imported = self.followed(shared, held)
         found = {key for key, owner in owners.items() if owner in imported}
         return set(self._absent(table, table.primary_key, found)) if found else set()
 

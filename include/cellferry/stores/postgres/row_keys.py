@@ -6,8 +6,11 @@ application's odd settings cannot change what the gate's trigger logs.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from psycopg import sql
 
+from cellferry.stores.postgres.rendering import rendered
 from cellferry.stores.postgres.schema import Column, Table
 
 #: Types whose plain cast to text depends on no setting.
@@ -17,10 +20,13 @@ _STABLE = (
 )  # fmt: skip
 
 
+@lru_cache(4096)
 def key_array(table: Table, row: str) -> sql.Composed:
     """Return a `text[]` expression: the primary key of the row called `row`."""
-    return sql.SQL("ARRAY[{}]").format(
-        sql.SQL(", ").join(key_text(table.column(name), row) for name in table.primary_key)
+    return rendered(
+        sql.SQL("ARRAY[{}]").format(
+            sql.SQL(", ").join(key_text(table.column(name), row) for name in table.primary_key)
+        )
     )
 
 

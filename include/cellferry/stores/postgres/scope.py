@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from psycopg import sql
 
 from cellferry.errors import UnsupportedSchema
 from cellferry.stores.postgres.ownership import owned_by
+from cellferry.stores.postgres.rendering import rendered
 from cellferry.stores.postgres.row_keys import key_array
 from cellferry.stores.postgres.schema import Column, DataMap, Hop, Name, Table
 
@@ -90,7 +91,15 @@ class Scope:
 
     def owned(self, table: Table, row: str = "t") -> sql.Composable:
         """Return the condition that the row called `row` is the organization's."""
-        return owned_by(self.data_map, table, row, self.organization)
+        known = self._owned.get((table.name, row))
+        if known is None:
+            known = rendered(owned_by(self.data_map, table, row, self.organization))
+            self._owned[table.name, row] = known
+        return known
+
+    @cached_property
+    def _owned(self) -> dict[tuple[Name, str], sql.Composed]:
+        return {}
 
     def is_owned(self, table: Table) -> bool:
         """Whether `table` is an owned one (and not a referenced one)."""
@@ -109,14 +118,17 @@ def names(columns: Sequence[str], row: str) -> list[sql.Identifier]:
     return [sql.Identifier(row, column) for column in columns]
 
 
+@lru_cache(4096)
 def row_hash(table: Table, row: str = "t") -> sql.Composed:
     """Return a numeric expression: the hash of the row called `row`, generated columns included.
 
     The text of an explicit list of columns: equal on all versions of PostgreSQL, where a hash of
     the record is not (it hashes enums by OID, takes 1.1 for 1.10 and fails on `point`).
     """
-    return sql.SQL("hashtextextended((ROW({}))::text, 0)::numeric").format(
-        column_list(table.columns, row)
+    return rendered(
+        sql.SQL("hashtextextended((ROW({}))::text, 0)::numeric").format(
+            column_list(table.columns, row)
+        )
     )
 
 
@@ -135,9 +147,10 @@ def keys_relation(table: Table, keys: Collection[Key]) -> sql.Composed:
     return texts_relation(keys, len(table.primary_key))
 
 
+@lru_cache(4096)
 def keys_match(table: Table, row: str = "t") -> sql.Composed:
     """Return the condition that the key of `row` equals that of `k`."""
-    return texts_match([table.column(name) for name in table.primary_key], row)
+    return rendered(texts_match([table.column(name) for name in table.primary_key], row))
 
 
 def texts_relation(values: Collection[Key], width: int) -> sql.Composed:

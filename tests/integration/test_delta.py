@@ -1,0 +1,140 @@
+"""A few dirty keys go in a handful of round trips; whatever is unusual goes the general way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+import pytest
+
+from cellferry.model import Side
+from cellferry.stores.postgres.applied import Applied
+from cellferry.stores.postgres.rounds import read_log
+from cellferry.stores.postgres.store import PostgresMove
+from cellferry.stores.postgres.transactions import snapshot
+from fixtures.ferry import Ferry
+
+
+@dataclass
+class Voyage:
+    """A move that has been copied, and a session of the application at the source."""
+
+    ferry: Ferry
+    move: PostgresMove
+    session: psycopg.Connection[Any]
+
+    def quickly(self) -> Applied | None:
+        """Apply what is dirty in the quick way alone; None where it leaves it to the other."""
+        delta = self.move._rounds()._applier._delta
+        with snapshot(self.move._source):
+            dirty = read_log(self.move._source, "1")
+            return delta.apply(dirty.keys, None)
+
+    def is_equal(self) -> bool:
+        return self.ferry.content(Side.SOURCE, 1) == self.ferry.content(Side.DESTINATION, 1)
+
+
+@contextmanager
+def sailing(ferry: Ferry) -> Iterator[Voyage]:
+    with ferry.session(Side.SOURCE) as session, ferry.opened() as move:
+        move.open_capture()
+        move.copy()
+        yield Voyage(ferry, move, session)
+
+
+@pytest.fixture
+def voyage(ferry: Ferry) -> Iterator[Voyage]:
+    with sailing(ferry) as made:
+        yield made
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        "UPDATE slots SET position = 61 - position WHERE organization_id = 1",
+        (
+            "UPDATE users SET email = 'changed@example.com' WHERE id = 2;"
+            " UPDATE issues SET title = 'x' WHERE id = 1"
+        ),
+        (
+            "INSERT INTO plans VALUES (77, 'new plan'); INSERT INTO users VALUES (77, 'new', 77);"
+            " INSERT INTO memberships VALUES (1, 77, 'member')"
+        ),
+        "DELETE FROM projects WHERE id = 40",
+        "UPDATE slots SET id = 1002 WHERE organization_id = 1 AND id = 2; DELETE FROM issues WHERE id = 3",
+    ],
+    ids=["deferrable key", "shared row changed", "shared row new", "parent gone", "key changed"],
+)
+def test_what_applications_do_all_day_goes_the_quick_way(voyage: Voyage, statements: str) -> None:
+    voyage.session.execute(statements.encode())
+
+    applied = voyage.quickly()
+
+    assert applied is not None
+    assert applied.keys > 0
+    assert voyage.is_equal()
+    for shared in ("SELECT * FROM users WHERE id IN (2, 77)", "SELECT * FROM plans WHERE id = 77"):
+        assert voyage.ferry.run(Side.DESTINATION, shared) == voyage.ferry.run(Side.SOURCE, shared)
+
+
+def test_a_shared_row_that_was_there_before_stays_as_it_is(voyage: Voyage) -> None:
+    voyage.session.execute(
+        "UPDATE users SET email = 'one@example.com' WHERE id = 1;"
+        " UPDATE issues SET title = 'x' WHERE id = 1"
+    )
+
+    assert voyage.quickly() is not None
+
+    emails = voyage.ferry.run(Side.DESTINATION, "SELECT email FROM users WHERE id = 1")
+    assert emails == [("user1@example.com",)]
+
+
+def test_a_value_that_is_taken_in_a_deferrable_key_is_left_to_the_general_way(
+    voyage: Voyage,
+) -> None:
+    # The round sees who took the position, and not who gave it up: the replica role, which checks
+    # no deferrable key, would let both have it.
+    voyage.session.execute(
+        "UPDATE slots SET position = 1002 WHERE organization_id = 1 AND id = 2;"
+        " DELETE FROM cellferry.key_log;"
+        " UPDATE slots SET position = 2 WHERE organization_id = 1 AND id = 4"
+    )
+    before = voyage.ferry.content(Side.DESTINATION, 1)
+
+    assert voyage.quickly() is None
+
+    assert voyage.ferry.content(Side.DESTINATION, 1) == before
+    voyage.move.sync()
+    positions = voyage.ferry.run(
+        Side.DESTINATION,
+        "SELECT position FROM slots WHERE organization_id = 1 GROUP BY 1 HAVING count(*) > 1",
+    )
+    assert positions == []
+
+
+def test_children_that_a_gone_parent_leaves_are_left_to_the_general_way(ferry: Ferry) -> None:
+    for side in Side:
+        ferry.run(
+            side,
+            "ALTER TABLE notes DROP CONSTRAINT notes_issue_id_fkey;"
+            " ALTER TABLE notes ADD FOREIGN KEY (issue_id) REFERENCES issues"
+            " ON DELETE CASCADE NOT VALID",
+        )
+    with sailing(ferry) as voyage:
+        # No constraint says that the note went with its issue, and the log does not, either.
+        voyage.session.execute(
+            "DELETE FROM issues WHERE id = 1;"
+            " DELETE FROM cellferry.key_log WHERE relation = 'public.notes'"
+        )
+        before = ferry.content(Side.DESTINATION, 1)
+
+        assert voyage.quickly() is None
+
+        assert ferry.content(Side.DESTINATION, 1) == before
+        voyage.move.sync()
+        assert voyage.is_equal()
+        notes = ferry.run(Side.DESTINATION, "SELECT FROM notes WHERE issue_id = 1")
+        assert notes == []
