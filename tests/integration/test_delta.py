@@ -64,7 +64,10 @@ def voyage(ferry: Ferry) -> Iterator[Voyage]:
             " INSERT INTO memberships VALUES (1, 77, 'member')"
         ),
         "DELETE FROM projects WHERE id = 40",
-        "UPDATE slots SET id = 1002 WHERE organization_id = 1 AND id = 2; DELETE FROM issues WHERE id = 3",
+        (
+            "UPDATE slots SET id = 1002 WHERE organization_id = 1 AND id = 2;"
+            " DELETE FROM issues WHERE id = 3"
+        ),
     ],
     ids=["deferrable key", "shared row changed", "shared row new", "parent gone", "key changed"],
 )
