@@ -19,7 +19,6 @@ from cellferry.orchestration.shard_run import (
     past,
     shard_context,
 )
-from cellferry.shards.states import ENDING
 
 if TYPE_CHECKING:
     from cellferry.orchestration.reshard_params import RollBackReshardingRequest
@@ -54,7 +53,7 @@ def validate_way_back() -> dict[str, Any]:
 
 def is_rolled_back(found: Resharding) -> bool:
     """Whether the way back is that of a re-sharding past its cutover; else it is an abort."""
-    from cellferry.shards.states import Owner, ShardState
+    from cellferry.shards.states import ENDING, Owner, ShardState
 
     if found.facts.get(ENDING) == "rolled_back":
         return True
@@ -119,6 +118,7 @@ def remove_copies(*, before: Mapping[str, Any]) -> dict[str, Any]:
     from airflow.sdk.exceptions import AirflowSkipException
 
     from cellferry.shards import reshard as steps
+    from cellferry.shards.states import ENDING
 
     request = _request()
     if request.dry_run:

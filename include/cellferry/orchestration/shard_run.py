@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from cellferry.errors import WrongState
 from cellferry.orchestration.step_run import actor, running_task, said
-from cellferry.shards.states import ENDING, ShardState
 
 if TYPE_CHECKING:
     from cellferry.shards.context import Context, Progress, StepResult
@@ -87,6 +86,8 @@ def going_on(at: Context, id_: int) -> Resharding:
     Raises:
         WrongState: it is given up; this run must not take it up again.
     """
+    from cellferry.shards.states import ENDING
+
     found = at.control.resharding(id_)
     ending = found.ended or found.facts.get(ENDING)
     if ending is not None and ending != "completed":
@@ -104,6 +105,8 @@ def going_on(at: Context, id_: int) -> Resharding:
 
 def is_past_the_cutover(found: Resharding) -> bool:
     """Whether the new owners have the authority, or clients wait just now for it to change."""
+    from cellferry.shards.states import ShardState
+
     return found.ended is not None or found.state not in (
         ShardState.OLD,
         ShardState.DUAL_READ_OLD,
