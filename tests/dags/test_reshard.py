@@ -16,7 +16,6 @@ from cellferry.orchestration.reshard_reporting import complaint, instances, plan
 from cellferry.orchestration.reshard_return import go_back, is_rolled_back
 from cellferry.orchestration.reshard_validation import check_reshard_request, check_way_back
 from cellferry.orchestration.shard_run import (
-    ENDING,
     RUN,
     WAY_BACK_RUN,
     going_on,
@@ -30,7 +29,7 @@ from cellferry.shards.placement import Rendezvous, Ring, Shard
 from cellferry.shards.planning import plan
 from cellferry.shards.record import Resharding
 from cellferry.shards.settings import ShardSet
-from cellferry.shards.states import ShardState
+from cellferry.shards.states import ENDING, ShardState
 from fixtures.shards import ShardWorld, ring
 
 RUN_1, RUN_2 = "reshard/manual__1", "reshard/manual__2"
