@@ -22,8 +22,8 @@ from cellferry.model import Organization
 
 WRITES_PER_S = 580
 """Asked of the writers; the target speaks of 500 acknowledged."""
-BUDGET_S = 480
-"""Of the whole section at scale 1: the largest size is left out when it is used up."""
+BUDGET_S = 420
+"""When so much is used up, the largest size is left out."""
 
 _METHOD = """
 Writers in two processes of their own send transactions to four organizations of the sample
@@ -63,7 +63,7 @@ def run(bench: Bench) -> Section:
     began = time.monotonic()
     sizes = [bench.size(rows, 300) for rows in (10_000, 100_000, 1_000_000)]
     times = bench.size(50, 2)
-    with alternations.opened(POSTGRES, rows=bench.size(5_000, 500), sizes=sizes) as fleet:
+    with alternations.opened(POSTGRES, rows=bench.size(2_000, 500), sizes=sizes) as fleet:
         bench.say(f"both cells are ready after {time.monotonic() - began:.0f} s")
         moved = fleet.application.organizations_to_move(1)[0]
         _alternate(bench, fleet, moved, times)
@@ -71,7 +71,7 @@ def run(bench: Bench) -> Section:
         passed = _passed(fleet, moved)
         of_size: dict[int, _Passed] = {}
         for rows, wanted in zip(sizes, (3, 2, 1), strict=True):
-            if time.monotonic() - began > BUDGET_S * 0.75:
+            if rows == sizes[-1] and time.monotonic() - began > BUDGET_S:
                 bench.say(f"no time left for {rows:,} rows")
                 break
             sized = next(
@@ -149,7 +149,7 @@ def run(bench: Bench) -> Section:
                 "pause of the slowest size against the fastest",
                 1.5,
                 flat,
-                why="medians of few cutovers; the parts that the controller measures do not grow",
+                why="medians of few cutovers, on cores that the writers share",
             ),
         ],
         [
