@@ -34,7 +34,7 @@ RHYTHM_S = 0.5
 """From the start of a round to the start of the next, if it is done by then."""
 
 IDLE, DECODING, ROUNDS = "no capture", "logical decoding, read only", "rounds, applied"
-BULK = ("issues", "comments", "events", "time_entries", "reactions")
+BULK = ("issues", "comments", "events", "time_entries")
 SLOT = "bench"
 _PUBLICATION = f"CREATE PUBLICATION bench FOR TABLE {', '.join(BULK)}"
 
