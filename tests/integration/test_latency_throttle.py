@@ -1,12 +1,14 @@
-"""The latency-driven throttle on real cells: probes, targets, and work at a slow pace."""
+"""The latency-driven throttle on real cells: it slows down for a slow cell, and never stops."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psycopg
 import pytest
 import redis
 
@@ -14,7 +16,9 @@ from cellferry import phases
 from cellferry.errors import CellferryError
 from cellferry.migration import pacing, steps
 from cellferry.migration.context import Context
-from cellferry.model import Cell, Endpoint, Move, Organization, Side
+from cellferry.migration.governor import FLOOR
+from cellferry.migration.reporting import describe_pace
+from cellferry.model import Actor, Cell, Endpoint, Move, Organization, Side, State
 from cellferry.phases import Phase
 from cellferry.stores.pace import Pace
 from cellferry.stores.postgres import copier
@@ -24,12 +28,28 @@ from cellferry.stores.redis.probe import RedisProbe
 from cellferry.stores.redis.wire import Address
 from cellferry.topology import pace as pace_board
 from cellferry.topology.pace import PaceRow
-from fixtures.cells import TwoCells
+from fixtures.cells import NO_TRACES, TwoCells
 from fixtures.ferry import Ferry, make_ferry
 from fixtures.postgres import FreshDatabases
 from fixtures.valkey import ValkeyPair
 
+#: What no probe on a busy test machine reaches by itself, and what a brake makes of it.
+TARGET_MS = 1_000
+BRAKE_S = 2.5
 PATIENCE_S = 90.0
+
+#: A cell where a commit of the probe takes as long as table `brake` says.
+BRAKE = """
+CREATE TABLE cellferry.brake (seconds float NOT NULL);
+INSERT INTO cellferry.brake VALUES (0);
+CREATE FUNCTION cellferry.brake() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
+BEGIN
+    PERFORM pg_sleep(seconds) FROM cellferry.brake WHERE seconds > 0;
+    RETURN NULL;
+END $$;
+CREATE TRIGGER brake AFTER UPDATE ON cellferry.probe
+    FOR EACH STATEMENT EXECUTE FUNCTION cellferry.brake();
+"""
 
 
 @pytest.fixture
@@ -57,7 +77,16 @@ def listening(hook: Callable[[Phase], None]) -> Iterator[None]:
 
 
 def plan(cells: TwoCells, organization: Organization, **options: Any) -> int:
-    return cells.plan(organization, **{"batch_rows": 100, **options})
+    return cells.plan(
+        organization, **{"latency_target_ms": TARGET_MS, "batch_rows": 100, **options}
+    )
+
+
+def brake(cells: TwoCells, cell: str, seconds: float) -> None:
+    with cells.admin(cell) as connection:
+        if connection.execute("SELECT to_regclass('cellferry.brake')").fetchone() == (None,):
+            connection.execute(BRAKE)
+        connection.execute("UPDATE cellferry.brake SET seconds = %s", (seconds,))
 
 
 def wait_for(found: Callable[[], Any], what: str) -> Any:
@@ -74,6 +103,17 @@ def paces(context: Context, migration: int, cell: str) -> PaceRow | None:
     return next((row for row in rows if (row.cell, row.store) == (cell, "postgres")), None)
 
 
+def probing(cells: TwoCells, cell: str) -> int:
+    """Count the probes' sessions of this test's cells."""
+    with cells.admin(cell) as connection:
+        return len(
+            connection.execute(
+                "SELECT FROM pg_stat_activity WHERE application_name LIKE 'cellferry:%:probe'"
+                " AND datname = current_database()"
+            ).fetchall()
+        )
+
+
 class AtBatch:
     """Does something after the copy's second PostgreSQL batch, in the copying thread."""
 
@@ -87,6 +127,239 @@ class AtBatch:
             self.seen += 1
             if self.seen == 2:
                 self._work()
+
+
+def test_a_copy_slows_down_for_a_slow_cell_and_recovers_with_it(
+    cells: TwoCells, acme: Organization, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="cellferry.migration.pacing")
+    migration = plan(cells, acme)
+    brake(cells, "cell-2", BRAKE_S)
+    seen: dict[str, Any] = {}
+
+    def watch() -> None:
+        with cells.context() as other:
+
+            def row(act: str) -> PaceRow | None:
+                found = paces(other, migration, "cell-2")
+                return found if found is not None and found.note.startswith(act) else None
+
+            seen["slowed"] = wait_for(lambda: row("slowed"), "slower work")
+            seen["status"] = steps.status(other, acme.slug)
+            brake(cells, "cell-2", 0)
+            seen["recovered"] = wait_for(lambda: row("recovered"), "faster work")
+
+    hook = AtBatch(watch)
+    with listening(hook), cells.context() as context:
+        steps.copy(context, migration)
+        facts = context.topology.migration(migration).facts["pace"]["copy"]["postgres"]
+        assert context.topology.paces(migration) == [], "it has left"
+        steps.sync(context, migration)
+        steps.verify(context, migration)
+
+    assert hook.seen >= 2
+    slowed, recovered = seen["slowed"], seen["recovered"]
+    assert slowed.share < 0.2
+    assert "slowed to" in slowed.note
+    assert "by cell-2/postgres" in slowed.note
+    assert slowed.target_s == pytest.approx(TARGET_MS / 1000)
+    assert "of full speed" in describe_pace(slowed)
+    assert slowed.cell in {row.cell for row in seen["status"].paces}
+    assert recovered.share > FLOOR
+    there = facts["cells"]["cell-2"]
+    assert there["slowed"] >= 1
+    assert there["recovered"] >= 1
+    assert there["lowest_share"] <= 0.1
+    assert facts["rested_s"] > 0
+    assert any("slowed to" in record.getMessage() for record in caplog.records)
+    assert cells.rows("cell-2", "7") == cells.rows("cell-1", "7")
+
+
+def test_a_probe_that_is_never_answered_slows_the_copy_to_its_floor_and_no_further(
+    cells: TwoCells, acme: Organization
+) -> None:
+    migration = plan(cells, acme)
+    with cells.admin("cell-1") as locking:
+        locking.autocommit = False
+
+        def wait() -> None:
+            # not earlier: to arm is to wait for whoever writes already
+            locking.execute("SELECT FROM cellferry.probe FOR UPDATE")
+            with cells.context() as other:
+                wait_for(
+                    lambda: (row := paces(other, migration, "cell-1")) and row.share == FLOOR,
+                    "the floor",
+                )
+
+        hook = AtBatch(wait)
+        with listening(hook), cells.context() as context:
+            steps.copy(context, migration)
+        locking.rollback()
+
+    assert hook.seen >= 2
+    found = cells.migration(migration)
+    assert found.state is State.SYNCING
+    assert found.facts["pace"]["copy"]["postgres"]["cells"]["cell-1"]["lowest_share"] == FLOOR
+
+
+def test_a_dead_probe_is_reported_and_stops_nothing(
+    cells: TwoCells, acme: Organization, caplog: pytest.LogCaptureFixture
+) -> None:
+    migration = plan(cells, acme)
+    with cells.admin("cell-2") as connection:
+        connection.execute("DROP TABLE cellferry.probe")
+
+    def wait() -> None:
+        with cells.context() as other:
+            wait_for(
+                lambda: (row := paces(other, migration, "cell-2")) and "probe fails" in row.note,
+                "the report",
+            )
+
+    hook = AtBatch(wait)
+    with listening(hook), cells.context() as context:
+        steps.copy(context, migration)
+
+    assert hook.seen >= 2
+    there = cells.migration(migration).facts["pace"]["copy"]["postgres"]["cells"]["cell-2"]
+    assert there["blinded"] == 1
+    assert "prepare-cell" in there["note"] or "cellferry.probe" in there["note"]
+    warned = [one for one in caplog.records if one.levelno == logging.WARNING]
+    assert any("its probe fails" in one.getMessage() for one in warned)
+    assert cells.rows("cell-2", "7") == cells.rows("cell-1", "7")
+
+
+def test_a_controller_that_breaks_lets_the_work_go_on(
+    cells: TwoCells, acme: Organization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(pacing.StorePacing, "_find_aims", broken)
+    migration = plan(cells, acme)
+
+    with cells.context() as context:
+        steps.copy(context, migration)
+
+    assert cells.migration(migration).state is State.SYNCING
+
+
+def test_movers_at_one_cell_share_its_budget(cells: TwoCells, acme: Organization) -> None:
+    """The other mover is a row in the topology, as it would be from another machine."""
+    neighbour = cells.add_organization(9)
+    mine, other = plan(cells, acme), plan(cells, neighbour)
+    with cells.context() as context:
+        attempt = context.topology.take_lease(other, "elsewhere", Actor("test"))
+        teller = context.topology.pace_teller(other, attempt, "postgres")
+        row = PaceRow("cell-2", "postgres", other, "copy", 0.3, note="slowed")
+        alone = teller.tell(row, decided=True)
+        assert alone is not None
+        assert alone.others == 0
+
+        company: list[Any] = []
+
+        def ask() -> None:
+            wait_for(lambda: paces(context, mine, "cell-2"), "my row")
+            company.append(teller.tell(row, decided=False))
+
+        with listening(AtBatch(ask)), cells.context() as mover:
+            steps.copy(mover, mine)
+        facts = cells.migration(mine).facts["pace"]["copy"]["postgres"]["cells"]
+        teller.close()
+
+    assert company[0].others == 1
+    assert company[0].limited
+    assert facts["cell-2"]["shared"] == 1
+    assert facts["cell-2"]["lowest_share"] <= 0.15, "half of what the other one had"
+    assert facts["cell-1"]["shared"] == 0
+
+
+def test_who_is_gone_does_not_count(cells: TwoCells, acme: Organization) -> None:
+    neighbour = cells.add_organization(9)
+    mine, other = plan(cells, acme), plan(cells, neighbour)
+    with cells.context() as context:
+        topology = context.topology
+        tellers = {
+            one: topology.pace_teller(
+                one, topology.take_lease(one, "here", Actor("test")), "postgres"
+            )
+            for one in (mine, other)
+        }
+
+        def tell(one: int) -> Any:
+            row = PaceRow("cell-2", "postgres", one, "copy", 0.5, idle_s=0.002)
+            return tellers[one].tell(row, decided=False)
+
+        tell(other)
+        assert (tell(mine).others, tell(mine).idle_s) == (1, 0.002)
+
+        topology.take_lease(other, "another controller", Actor("test"))
+        assert tell(mine).others == 0, "a newer attempt has not spoken yet"
+        tell(other)
+        assert tell(mine).others == 0, "an older attempt does not count"
+
+        newer = topology.pace_teller(
+            other, topology.take_lease(other, "a third", Actor("test")), "postgres"
+        )
+        row = PaceRow("cell-2", "postgres", other, "copy", 0.5)
+        newer.tell(row, decided=False)
+        assert tell(mine).others == 1
+        with psycopg.connect(cells.connections["cellferry-topology"]) as connection:
+            connection.execute(
+                "UPDATE topology.pace SET live_until = clock_timestamp() WHERE migration = %s",
+                (other,),
+            )
+        assert tell(mine).others == 0, "it fell silent"
+        newer.tell(row, decided=False)
+        assert tell(mine).others == 1
+        newer.close()
+        assert tell(mine).others == 0, "it said good-bye"
+        tellers[mine].close()
+        tellers[other].close()
+
+
+@pytest.mark.parametrize("strategy", ["online", "freeze-first"])
+def test_nothing_is_slowed_down_under_the_gate(
+    cells: TwoCells, acme: Organization, strategy: str
+) -> None:
+    """Neither the last delta nor a whole copy, however slow the cells are."""
+    migration = plan(
+        cells,
+        acme,
+        strategy=strategy,
+        latency_target_ms=0.001,
+        freeze_deadline_s=200,
+        pause_budget_ms=200_000,
+    )
+    with cells.context() as context:
+        for step in (steps.copy, steps.sync, steps.verify):
+            step(context, migration)
+    looked: list[int] = []
+
+    def look(phase: Phase) -> None:
+        if phase in (Phase.COPY_BATCH, Phase.ROUND_APPLIED, Phase.FROZEN_ALL, Phase.FINISHED):
+            looked.append(probing(cells, "cell-1") + probing(cells, "cell-2"))
+
+    with listening(look), cells.context() as context:
+        steps.cutover(context, migration)
+
+    assert len(looked) >= 3
+    assert not any(looked)
+    assert "cutover" not in cells.migration(migration).facts.get("pace", {})
+
+
+def test_nobody_who_did_not_ask_for_it_gets_it(cells: TwoCells, acme: Organization) -> None:
+    migration = plan(cells, acme, latency_target_ms=None)
+    looked: list[int] = []
+
+    with (
+        listening(AtBatch(lambda: looked.append(probing(cells, "cell-2")))),
+        cells.context() as context,
+    ):
+        steps.copy(context, migration)
+
+    assert looked == [0]
+    assert "pace" not in cells.migration(migration).facts
 
 
 def test_an_idle_cell_gives_the_target_and_the_next_mover_believes_it(
@@ -115,6 +388,30 @@ def test_an_idle_cell_gives_the_target_and_the_next_mover_believes_it(
     assert found[0]["idle_ms"] > 0
     assert found[0]["target_ms"] >= found[0]["idle_ms"] + 5
     assert found[1]["idle_ms"] == found[0]["idle_ms"]
+
+
+def test_clean_up_is_paced_and_leaves_no_trace(cells: TwoCells, acme: Organization) -> None:
+    migration = plan(cells, acme)
+    with cells.context() as context:
+        for step in (steps.copy, steps.sync, steps.verify, steps.cutover, steps.soak):
+            step(context, migration)
+    brake(cells, "cell-1", BRAKE_S)
+
+    def wait() -> None:
+        with cells.context() as other:
+            wait_for(
+                lambda: (row := paces(other, migration, "cell-1")) and row.note.startswith("slow"),
+                "slower work",
+            )
+
+    hook = AtBatch(wait, Phase.CLEANUP_BATCH)
+    with listening(hook), cells.context() as context:
+        steps.cleanup(context, migration)
+
+    assert hook.seen >= 2
+    assert cells.migration(migration).facts["pace"]["cleanup"]["postgres"]["rested_s"] > 0
+    assert cells.traces("cell-1") == NO_TRACES
+    assert cells.rows("cell-1", "7")["issues"] == []
 
 
 # ── the stores at a slow pace ───────────────────────────────────────────────────────────────────
@@ -191,7 +488,7 @@ def test_a_postgres_probe_connects_again_after_its_session_was_ended(ferry: Ferr
         ferry.run(
             Side.DESTINATION,
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-            " WHERE application_name = 'cellferry:1:1:probe' AND datname = current_database()",
+            " WHERE application_name = 'cellferry:1:1:probe'",
         )
         with pytest.raises(CellferryError):
             probe.read()
