@@ -6,9 +6,9 @@ writing at its old cell until the cutover, whose write pause is bounded by the p
 lanes are independent: one may fail while the others go on. The last task, `report`, prints a
 table, and fails when an organization failed.
 
-A small organization's steps run in two tasks instead of eight: `plan` also copies and verifies it,
-`cutover` also soaks it, and the tasks of the steps that are done are shown as skipped. What cannot
-be done ahead is left to its own task. `soak` goes with the cutover whenever it is short.
+A small organization's steps run in fewer tasks: `plan` also copies and verifies it, `cutover` also
+does a soak of up to a second, and the tasks of the steps that are done are shown as skipped. What
+cannot be done ahead is left to its own task.
 
 **Dry run is the default.** Then only `plan` runs: it says what would move, how much, how long,
 how long the write pause, and what blocks it, and changes nothing.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from airflow.sdk import get_current_context, task, task_group
@@ -31,8 +32,8 @@ CLEAN_UP_STEPS = ("cleanup",)
 
 #: Tasks of one kind at once, over all runs: a cell's servers have other work to do, too.
 COPIES_AT_ONCE = 4
-#: At the barrier they take turns (`barrier_turn`); before it they start, and after it they soak.
-CUTOVERS_AT_ONCE = 8
+#: One that starts beside another makes that one's writers wait for longer.
+CUTOVERS_AT_ONCE = 1
 ROLL_BACKS_AT_ONCE = 1
 CLEAN_UPS_AT_ONCE = 2
 
@@ -190,11 +191,14 @@ def cutover(*, organization: Mapping[str, Any]) -> dict[str, Any]:
     from cellferry.migration import steps
 
     airflow, number = get_current_context(), migration_of(organization)
-    with step_context(waited_for=True) as ferry:
-        with barrier_turn():
+    with ExitStack() as turn:
+        # before the connections: to open them is work, too, beside somebody's barrier
+        turn.enter_context(barrier_turn())
+        with step_context(waited_for=True) as ferry:
             result = brief(steps.cutover(ferry, number))
-        yield_the_processor()
-        done = ahead.after_barrier(ferry, number, ttl_s=airflow["params"]["ttl_s"])
+            turn.close()
+            yield_the_processor()
+            done = ahead.after_barrier(ferry, number, ttl_s=airflow["params"]["ttl_s"])
     ahead.skip_done(airflow["ti"], GROUP, result, done)
     return result
 
