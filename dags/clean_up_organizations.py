@@ -2,7 +2,7 @@
 
 **What it does.** Waits for the last TTL of its migrations, then for each, in a lane of its own:
 `cleanup`, as in `migrate_organizations`, which starts a run of this DAG, for the end of the TTL,
-when the TTL is longer than a minute. Deletes in paced batches, only this organization's data, only
+when the TTL is longer than an hour. Deletes in paced batches, only this organization's data, only
 while the old cell's gate says that this very migration moved it away.
 
 **When not to run it.** There is no harm in running it too early: it waits for the TTLs, on the

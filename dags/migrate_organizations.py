@@ -31,7 +31,7 @@ clear its failed task (with its map index) and downstream; it goes on from its c
 that fails at once needs a person (its last log lines say what to do); others are retried with
 back-off. A run that is cleared as a whole goes on with the migrations that it began.
 
-**Afterwards.** With a TTL of at most a minute the run waits for its end and deletes the old
+**Afterwards.** With a TTL of at most an hour the run waits for its end and deletes the old
 copies. With a longer one it ends when they are *retained*, and starts a run of
 `clean_up_organizations` for the end of the TTL.
 """

@@ -24,7 +24,7 @@ this run takes the first 25 and starts another one for the rest.
 serves on, and the migration stays paused, so that no clean-up takes the way back away: clear the
 failed task, or, if the organization shall stay, resume the migration (`cellferry resume`).
 
-**Afterwards.** With a TTL of at most a minute the run waits for its end and deletes the new cell's
+**Afterwards.** With a TTL of at most an hour the run waits for its end and deletes the new cell's
 copy. With a longer one it ends, and starts a run of `clean_up_organizations` for the end of the
 TTL. Until then the organization may move to any other cell, but not to this one.
 """

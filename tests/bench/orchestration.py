@@ -236,7 +236,7 @@ class Place:
     def let_wait(self, organizations: int) -> int:
         """Start the clean-up runs of so many organizations, due in a day; return how many runs.
 
-        That is how the product waits for a TTL of more than a minute.
+        That is how the product waits for a TTL of more than an hour.
         """
         numbers = [one.id for one in self.context.topology.migrations(states={State.COMPLETED})]
         due = (datetime.now(UTC) + timedelta(days=1)).isoformat()

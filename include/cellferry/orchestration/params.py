@@ -26,8 +26,7 @@ ORGANIZATIONS_PER_RUN = 25
 #: What one form may hold; it is split into runs of `ORGANIZATIONS_PER_RUN`.
 ORGANIZATIONS_PER_REQUEST = 500
 #: A run waits for TTLs up to this many seconds; longer ones get a clean-up run of their own.
-#: Eight runs at once that waited for longer would leave no place for others.
-LONGEST_TTL_IN_RUN_S = 60
+LONGEST_TTL_IN_RUN_S = 3_600
 
 #: Airflow's own section for fields without one: the only one that is open when the form appears.
 WHAT = "Run Parameters"

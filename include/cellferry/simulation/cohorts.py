@@ -138,7 +138,7 @@ class Machines(_Strict):
     """Up to so many rows and keys, copy, sync and verify are done in the task of plan."""
     short_soak_s: float = Field(default=1, ge=0)
     """A soak up to so long is done in the task of cutover."""
-    wait_in_run_s: float = Field(default=60, ge=0)
+    wait_in_run_s: float = Field(default=3_600, ge=0)
     """With a longer TTL a run ends when its organizations are retained."""
     at_once: AtOnce = AtOnce()
 
