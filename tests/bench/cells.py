@@ -26,7 +26,7 @@ from typing import Any
 
 import psycopg
 from psycopg import sql
-from tests.bench.harness import Bench, Meter
+from tests.bench.harness import Bench, Meter, pid_of
 
 from cellferry import settings
 from cellferry.local.postgres_server import PostgresServer
@@ -193,7 +193,7 @@ class BenchCells:
         servers = {
             "source": self.source, "destination": self.destination, "topology": self.home,
         }  # fmt: skip
-        return Meter({name: _pid(server) for name, server in servers.items()})
+        return Meter({name: pid_of(server) for name, server in servers.items()})
 
     # ── the product's steps ─────────────────────────────────────────────────────────────────────
 
@@ -338,12 +338,6 @@ def _script(name: str) -> str:
 def _one(connection: psycopg.Connection[Any], statement: str) -> int:
     row = connection.execute(statement.encode()).fetchone()
     return int(row[0]) if row else 0
-
-
-def _pid(server: PostgresServer) -> int:
-    if server.identity is None:
-        raise RuntimeError(f"{server.directory} does not run")
-    return server.identity.pid
 
 
 def _copy_database(server: PostgresServer, template: str, name: str) -> None:

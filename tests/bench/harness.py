@@ -67,6 +67,13 @@ def processor_s(pid: int) -> float:
     return total
 
 
+def pid_of(server: PostgresServer | ValkeyServer) -> int:
+    """Return the process at the top of a running server's tree."""
+    if server.identity is None:
+        raise RuntimeError(f"{server.directory} does not run")
+    return server.identity.pid
+
+
 @dataclass(frozen=True)
 class Meter:
     """Measures wall time and processor time by part.

@@ -12,7 +12,17 @@ from dataclasses import dataclass, field
 from statistics import median as median_of
 
 from tests.bench import redis_neighbours
-from tests.bench.harness import Bench, Cost, Meter, Section, Table, Target, in_turn, percentile
+from tests.bench.harness import (
+    Bench,
+    Cost,
+    Meter,
+    Section,
+    Table,
+    Target,
+    in_turn,
+    percentile,
+    pid_of,
+)
 from tests.bench.harness import median as median_cost
 from tests.bench.migrating import migrate
 from tests.bench.redis_neighbours import Neighbours
@@ -306,9 +316,9 @@ def run(bench: Bench) -> Section:
 
     meter = Meter(
         {
-            "source": _pid(servers.source),
-            "destination": _pid(servers.destination),
-            "replica": _pid(servers.replica),
+            "source": pid_of(servers.source),
+            "destination": pid_of(servers.destination),
+            "replica": pid_of(servers.replica),
             "neighbours": near.pid,
             "neighbours at the destination": far.pid,
         }
@@ -338,12 +348,6 @@ def _yielding() -> Iterator[None]:
 
 def _migrating(servers: Servers, batch: int) -> Callable[[], int]:
     return lambda: servers.migrate(batch)
-
-
-def _pid(server: ValkeyServer) -> int:
-    if server.identity is None:
-        raise RuntimeError(f"{server.directory.name} does not run")
-    return server.identity.pid
 
 
 def _provision(wire: Wire) -> None:

@@ -21,7 +21,8 @@ import psutil
 import psycopg
 from psycopg import sql
 from tests.bench import document
-from tests.bench.harness import Bench, Meter, Section, Table, Target
+from tests.bench.harness import Bench, Meter, Section, Table, Target, pid_of
+from tests.fault.world import deployment
 
 from cellferry import settings
 from cellferry.errors import TransientError
@@ -106,7 +107,7 @@ class Cells:
     def start(self) -> None:
         """Start, provision and prepare everything."""
         home = self.bench.postgres("topology", {"shared_buffers": "64MB"})
-        self.pids["topology"] = _pid(home)
+        self.pids["topology"] = pid_of(home)
         self.connections["cellferry-topology"] = home.url()
         trees: dict[str, list[int]] = {}
         for cell in CELLS:
@@ -123,10 +124,10 @@ class Cells:
                 f"{cell}-redis": valkey.url(),
                 f"{cell}-redis-admin": valkey.url(),
             }
-            trees[cell] = [_pid(postgres), _pid(valkey)]
+            trees[cell] = [pid_of(postgres), pid_of(valkey)]
         for part, cell in (("source", SOURCE), ("destination", DESTINATION)):
             self.pids[part], self.pids[f"{part} redis"] = trees[cell]
-        self.config.write_text(json.dumps(_deployment()), encoding="utf-8")
+        self.config.write_text(json.dumps(deployment()), encoding="utf-8")
         self.places = places(CELLS, self.connections.get, self.bench.root / "app")
         with self.context() as context:
             context.topology.install()
@@ -183,38 +184,6 @@ class Cells:
             "destination": now["destination"] + now["destination redis"],
             "topology": now["topology"],
         }
-
-
-def _pid(server: Any) -> int:
-    identity = server.identity
-    if identity is None:
-        raise RuntimeError(f"{server.directory.name} does not run")
-    return int(identity.pid)
-
-
-def _deployment() -> Mapping[str, Any]:
-    def cell(name: str) -> dict[str, Any]:
-        return {
-            "legacy": name == SOURCE,
-            "stores": {
-                "postgres": {
-                    "connection": f"{name}-postgres",
-                    "admin_connection": f"{name}-postgres-admin",
-                },
-                "redis": {
-                    "connection": f"{name}-redis",
-                    "admin_connection": f"{name}-redis-admin",
-                    "key_prefix": "org:{$organization}:",
-                    "application_user": "org-$organization",
-                },
-            },
-        }
-
-    return {
-        "topology": {"connection": "cellferry-topology"},
-        "organization": {"data_map": str(ROOT / "include/config/data_maps/app.yaml")},
-        "cells": {name: cell(name) for name in CELLS},
-    }
 
 
 # --- the real run -----------------------------------------------------------------------------

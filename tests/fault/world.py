@@ -268,7 +268,7 @@ class World:
         for proxy in self.proxies.values():
             self._stack.callback(proxy.close)
         self.config = self.directory / "cells.yaml"
-        self.config.write_text(json.dumps(_deployment()), encoding="utf-8")
+        self.config.write_text(json.dumps(deployment()), encoding="utf-8")
         self.settings = settings.load(self.config)
         self.places = places(CELLS, self.connections.get, self.directory / "app")
         with self.context() as context:
@@ -561,7 +561,9 @@ class World:
             self.free_disk(cell)
 
 
-def _deployment() -> Mapping[str, Any]:
+def deployment() -> Mapping[str, Any]:
+    """Return the settings of both cells, as a deployment writes them in `cells.yaml`."""
+
     def cell(name: str) -> dict[str, Any]:
         return {
             "legacy": name == CELLS[0],

@@ -13,9 +13,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from cellferry.closing import Closing
 from cellferry.errors import CellferryError
 from cellferry.migration.governor import WINDOW, Act, Aim, Decision, Governor, p95
 from cellferry.model import Cell, Move, Progress, Side
@@ -316,7 +316,7 @@ class StorePacing:
             self.pace.share = min(one.governor.share for one in self._cells)
 
 
-class Pacing:
+class Pacing(Closing):
     """The throttles of all stores of one step; use as a context manager.
 
     Args:
@@ -349,15 +349,8 @@ class Pacing:
                 progress,
             )
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End the probes and the controllers of all stores."""
         for one in self._stores.values():
             one.close()
 
