@@ -162,8 +162,32 @@ def test_a_server_for_tests_ends_with_its_parent(tmp_path: Path) -> None:
     ).stdout
     pid, port = map(int, said.split())
     if psutil.pid_exists(pid):
-        process_identity.wait_gone([psutil.Process(pid)], 5)
+        assert process_identity.wait_gone([psutil.Process(pid)], 60)
     assert not ports.is_open(port)
+
+
+def test_a_process_lives_until_the_last_of_its_threads_has_ended() -> None:
+    program = textwrap.dedent(
+        """
+        import ctypes, socket, threading, time
+        listener = socket.create_server(("127.0.0.1", 0))
+        print(listener.getsockname()[1], flush=True)
+        threading.Thread(target=time.sleep, args=(600,)).start()
+        ctypes.CDLL(None).pthread_exit(None)
+        """
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        port = int(server.stdout.readline())
+        process = psutil.Process(server.pid)
+        identity = ProcessIdentity.of(server.pid)
+        while process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        assert identity.is_alive
+        assert not process_identity.wait_gone([process], 0)
+        assert process_identity.kill_all([process]) == 1
+        assert not identity.is_alive
+        assert not ports.is_open(port)
 
 
 def test_an_identity_does_not_match_another_process_with_the_same_id() -> None:

@@ -54,9 +54,9 @@ class ProcessIdentity:
             return None
         try:
             process = psutil.Process(self.pid)
-            return None if process.status() == psutil.STATUS_ZOMBIE else process
         except psutil.NoSuchProcess:
             return None
+        return process if _lives(process) else None
 
     @property
     def is_alive(self) -> bool:
@@ -138,8 +138,11 @@ def _start_time(pid: int) -> float:
 
 
 def _lives(process: psutil.Process) -> bool:
+    # A zombie whose other threads have not ended yet still holds its files and ports.
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return process.is_running() and (
+            process.status() != psutil.STATUS_ZOMBIE or process.num_threads() > 1
+        )
     except psutil.NoSuchProcess:
         return False
 
