@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from cellferry.model import Limits, Organization, Side
-from cellferry.stores.postgres import store
+from cellferry.stores.postgres import copier, store
 from cellferry.stores.postgres.wire import wires
 from fixtures.ferry import make_ferry
 from fixtures.postgres import FreshDatabases, postgres_versions
@@ -175,3 +175,60 @@ def test_keys_of_any_type_are_repaired(
         verified = move.verify()
         assert verified.ok, verified.mismatches
         assert not any("dirty" in part for part in verified.hashes.values())
+
+
+GENERATED = """
+CREATE TABLE "Other Schema".marks (
+    organization_id {type} NOT NULL REFERENCES organizations,
+    number integer NOT NULL,
+    half numeric GENERATED ALWAYS AS (number / 2.0) STORED,
+    PRIMARY KEY (organization_id, half)
+);
+"""
+
+MARKS = """
+INSERT INTO "Other Schema".marks
+    SELECT o.id, g FROM organizations AS o, generate_series(1, 40) AS g;
+"""
+
+
+@postgres_versions
+@pytest.mark.parametrize("kind", KEYS)
+@pytest.mark.usefixtures("form")
+def test_a_copy_goes_on_behind_a_key_of_any_type(
+    fresh_databases: Callable[[], FreshDatabases], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copier, "STRETCH_S", 0.0)  # every batch begins behind a checkpoint's key
+    mine, theirs = KEYS[kind]
+
+    def fill(text: str) -> str:
+        return (
+            text.replace("{type}", kind)
+            .replace("{mine}", quoted(mine))
+            .replace("{theirs}", quoted(theirs))
+        )
+
+    ferry = make_ferry(fresh_databases(), fill(SCHEMA + GENERATED), fill(ROWS + MARKS), "SELECT 1")
+    ferry.organization = Organization(mine, "mine")
+    with ferry.opened(ferry.move(limits=Limits(batch_rows=7))) as move:
+        move.open_capture()
+        copied = move.copy()
+        assert move.verify().ok
+
+    assert copied.count == 1 + 60 + 60 + 40
+    assert copied.batches == 1 + 9 + 9 + 6
+    with ferry.session(Side.DESTINATION) as connection:
+        ends = dict(
+            connection.execute("SELECT relation, last_key FROM cellferry.checkpoint").fetchall()
+        )
+    assert ends["public.organizations"] == [mine]
+    assert ends["Other Schema.marks"] == [mine, "20.0000000000000000"]
+    things = ferry.run(
+        Side.SOURCE,
+        'SELECT number::text, label, encode(token, \'hex\') FROM "Other Schema"."Things"'
+        f" WHERE organization_id = {quoted(mine)} ORDER BY at DESC LIMIT 1",
+    )
+    number, label, token = things[0]
+    last = ends["Other Schema.Things"]
+    assert (last[3], last[6], last[4]) == (number, label, f"\\x{token}")
+    assert last[1] == "2026-03-29T08:30:00+00:00"

@@ -11,7 +11,7 @@ any moment and goes on behind its last checkpoint: at most one batch is sent twi
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,7 +29,7 @@ from cellferry.stores.postgres.references import ReferencedRows
 from cellferry.stores.postgres.schema import Table
 from cellferry.stores.postgres.scope import Key, Scope
 from cellferry.stores.postgres.transactions import write
-from cellferry.stores.postgres.wire import Inlet, Wire
+from cellferry.stores.postgres.wire import Inlet, Outlet, Wire
 from cellferry.stores.throttle import Throttle
 
 #: A statement at the source older than this (seconds) is given up at the next batch's end.
@@ -159,9 +159,9 @@ class Copier:
         deadline = time.monotonic() + STRETCH_S
         try:
             with self._source.cursor() as cursor, cursor.copy(statement) as stream:
-                rows = wire.rows(stream)
+                outlet = Outlet(wire, stream)
                 while not mark.done:
-                    mark = self._batch(table, wire, rows, mark)
+                    mark = self._batch(table, wire, outlet, mark)
                     if not mark.done:
                         _give_up_after(deadline)
         except _GivenUp:
@@ -170,35 +170,30 @@ class Copier:
             return self._careful_batch(table, conflict.mark, conflict.last_key)
         return mark
 
-    def _batch(
-        self, table: Table, wire: Wire, rows: Iterator[tuple[bytes, bytes]], mark: Checkpoint
-    ) -> Checkpoint:
-        """Send up to one batch of `rows` and commit it with its checkpoint."""
+    def _batch(self, table: Table, wire: Wire, outlet: Outlet, mark: Checkpoint) -> Checkpoint:
+        """Send up to one batch of the rows of `outlet` and commit it with its checkpoint."""
         self._progress.check()
         self._check_room()
         max_rows, max_bytes = self._bounds()
-        last: bytes | None = None
-        done = True
+        inlet = Inlet(self._destination, wire, pace=self._throttle.pace)
         try:
             with write(self._destination, self._move):
-                with Inlet(self._destination, wire, pace=self._throttle.pace) as inlet:
-                    for last, row in rows:  # noqa: B007 - the last key is the batch's checkpoint
-                        inlet.put(row)
-                        if inlet.rows >= max_rows or inlet.bytes >= max_bytes:
-                            done = False
-                            break
+                with inlet:
+                    done = not inlet.fill(outlet.rows, max_rows, max_bytes)
                 new = Checkpoint(
                     relation=mark.relation,
-                    last_key=mark.last_key if last is None else wire.key(last),
+                    last_key=mark.last_key
+                    if inlet.last is None
+                    else outlet.key(self._destination, inlet.last),
                     rows=mark.rows + inlet.rows,
                     bytes=mark.bytes + inlet.bytes,
                     done=done,
                 )
                 checkpoints.write(self._destination, self._move.migration, new)
         except (psycopg.errors.UniqueViolation, psycopg.errors.ExclusionViolation) as error:
-            if last is None:
+            if inlet.last is None:
                 raise
-            raise _Conflict(mark, wire.key(last)) from error
+            raise _Conflict(mark, outlet.key(self._destination, inlet.last)) from error
         self._committed(table, mark, new)
         return new
 
@@ -236,28 +231,24 @@ class Copier:
             The last key, rows, bytes, and whether the table ended.
         """
         max_rows, max_bytes = self._bounds()
-        last: bytes | None = None
-        done = end is None
         with (
             suppress(_GivenUp),
             self._source.cursor() as cursor,
             cursor.copy(wire.out(self._body(table, after, end))) as stream,
         ):
+            outlet = Outlet(wire, stream)
             with Inlet(self._destination, wire, WAITING_ROOM) as inlet:
-                for last, row in wire.rows(stream):  # noqa: B007 - the last key is returned
-                    inlet.put(row)
-                    full = inlet.rows >= max_rows or inlet.bytes >= max_bytes
-                    if end is None and full:
-                        done = False
-                        break
-            if end is None and not done:
+                more = (
+                    inlet.fill(outlet.rows, max_rows, max_bytes)
+                    if end is None
+                    else inlet.fill(outlet.rows)
+                )
+            if more:
                 raise _GivenUp
-        return (
-            end or (None if last is None else wire.key(last)),
-            inlet.rows,
-            inlet.bytes,
-            done,
-        )
+        last = end
+        if end is None and inlet.last is not None:
+            last = outlet.key(self._destination, inlet.last)
+        return last, inlet.rows, inlet.bytes, end is None and not more
 
     def _bounds(self) -> tuple[int, int]:
         """Return rows and bytes of one batch: it takes no longer at a slow pace."""

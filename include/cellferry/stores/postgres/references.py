@@ -34,7 +34,7 @@ from cellferry.stores.postgres.scope import (
     texts_match,
     texts_relation,
 )
-from cellferry.stores.postgres.wire import Inlet, Wire
+from cellferry.stores.postgres.wire import Inlet, Outlet, Wire
 
 BATCH = 10_000
 
@@ -93,8 +93,15 @@ class ReferencedRows:
             sql.SQL("{} IS NOT NULL").format(sql.Identifier("t", column))
             for column in foreign_key.columns
         )
-        statement = sql.SQL("SELECT DISTINCT {} FROM {} AS t {} AND {}").format(
-            texts, table.name.identifier, body, present
+        # Made distinct before they are printed: there are far more rows than values.
+        statement = sql.SQL(
+            "SELECT {} FROM (SELECT DISTINCT {} FROM {} AS t {} AND {}) AS t"
+        ).format(
+            texts,
+            sql.SQL(", ").join(sql.Identifier("t", column) for column in foreign_key.columns),
+            table.name.identifier,
+            body,
+            present,
         )
         return {tuple(row) for row in self._source.execute(statement)}
 
@@ -220,8 +227,7 @@ class ReferencedRows:
             cursor.copy(wire.out(body)) as stream,
             Inlet(self._destination, wire, target) as inlet,
         ):
-            for _, row in wire.rows(stream):
-                inlet.put(row)
+            inlet.fill(Outlet(wire, stream).rows)
         return inlet.rows, inlet.bytes
 
     def follow(self, table: Table, keys: Collection[Key]) -> set[Key]:
@@ -431,12 +437,21 @@ class ReferencedRows:
 
     def _record(self, table: Table, keys: Collection[Key]) -> None:
         """Remember that this migration brought `keys`."""
-        if keys:
-            self._destination.cursor().executemany(
+        if not keys:
+            return
+        width = len(table.primary_key)
+        self._destination.execute(
+            sql.SQL(
                 "INSERT INTO cellferry.imported_row (migration, relation, key)"
-                " VALUES (%s, %s, %s) ON CONFLICT DO NOTHING",
-                [(self._migration, str(table.name), list(key)) for key in keys],
-            )
+                " SELECT {}, {}, ARRAY[{}] FROM {} ON CONFLICT DO NOTHING"
+            ).format(
+                sql.Literal(self._migration),
+                sql.Literal(str(table.name)),
+                sql.SQL(", ").join(sql.Identifier("k", f"k{n}") for n in range(1, width + 1)),
+                texts_relation(keys, width),
+            ),
+            prepare=False,
+        )
 
     def present(self, table: Table, keys: Collection[Key]) -> set[Key]:
         """Return those of `keys` that the source has."""

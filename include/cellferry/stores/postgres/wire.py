@@ -1,19 +1,26 @@
 """Rows on their way from one cell to the other: COPY out of one server, COPY into the other.
 
-Rows travel as PostgreSQL sends them. The first column of what is read is the row's key as text,
-for checkpoints; it is cut off before the row goes on, so a row's last key and the row itself come
-from one statement and cannot disagree.
+Rows travel as PostgreSQL sends them, in its binary form: nothing looks into a row but the last one
+of a batch, whose key is the batch's checkpoint. Where that cannot be, the first column of what is
+read is the row's key as text, and is cut off before the row goes on. Either way a row's last key
+and the row itself come from one statement and cannot disagree.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from types import TracebackType
 from typing import Any, Self
 
 import psycopg
 from psycopg import sql
+from psycopg.abc import Buffer
+from psycopg.adapt import Dumper, PyFormat
+from psycopg.pq import Format
 
 from cellferry.stores.pace import FULL_SPEED, Pace
 from cellferry.stores.postgres.row_keys import key_array
@@ -38,23 +45,48 @@ _OID_TYPES = (
 
 
 @dataclass(frozen=True)
+class _Received:
+    """A value as a server sent it, in its binary form."""
+
+    value: bytes
+
+
+class _ReceivedDumper(Dumper):
+    """Sends it back as it came; the statement says its type."""
+
+    format = Format.BINARY
+
+    def dump(self, obj: _Received) -> bytes:
+        return obj.value
+
+
+@dataclass(frozen=True)
 class Wire:
     """How one table's rows travel. `binary` unless a column's type forbids it."""
 
     table: Table
     binary: bool = True
 
+    @cached_property
+    def is_keyed(self) -> bool:
+        """Whether each row comes with its key before it: it cannot be read from the row."""
+        travelling = {column.name for column in self.table.copied_columns}
+        return not self.binary or not travelling.issuperset(self.table.primary_key)
+
     @property
     def _format(self) -> sql.SQL:
         return sql.SQL("binary" if self.binary else "text")
 
     def out(self, body: sql.Composable, *, row: str = "t") -> sql.Composed:
-        """Return `COPY (SELECT key, columns FROM …) TO STDOUT`; `body` begins with FROM."""
-        key = sql.SQL("({})::text").format(key_array(self.table, row))
-        if not self.binary:
-            key = sql.SQL("encode(convert_to({}, 'UTF8'), 'hex')").format(key)
-        return sql.SQL("COPY (SELECT {}, {} {}) TO STDOUT (FORMAT {})").format(
-            key, column_list(self.table.copied_columns, row), body, self._format
+        """Return `COPY (SELECT columns FROM …) TO STDOUT`; `body` begins with FROM."""
+        columns: sql.Composable = column_list(self.table.copied_columns, row)
+        if self.is_keyed:
+            key = sql.SQL("({})::text").format(key_array(self.table, row))
+            if not self.binary:
+                key = sql.SQL("encode(convert_to({}, 'UTF8'), 'hex')").format(key)
+            columns = sql.SQL("{}, {}").format(key, columns)
+        return sql.SQL("COPY (SELECT {} {}) TO STDOUT (FORMAT {})").format(
+            columns, body, self._format
         )
 
     def into(self, target: sql.Composable | None = None) -> sql.Composed:
@@ -65,30 +97,87 @@ class Wire:
             self._format,
         )
 
-    def rows(self, stream: psycopg.Copy) -> Iterator[tuple[bytes, bytes]]:
-        """Yield each row of `stream` as its raw key and what goes on to the other side."""
-        if not self.binary:
-            for message in stream:
-                key, _, rest = bytes(message).partition(b"\t")
-                yield key, rest
-            return
-        head = (len(self.table.copied_columns)).to_bytes(2, "big")
-        first = True
-        for message in stream:
-            line = bytes(message)
-            if first:
-                # The server sends one message a row, the first one with the header before it.
-                line = line[len(BINARY_HEADER) :]
-                first = False
-            if line == BINARY_TRAILER or not line:
-                continue
-            end = 6 + int.from_bytes(line[2:6], "big")
-            yield line[6:end], head + line[end:]
+    def _key_in(self, row: Buffer) -> list[_Received]:
+        """Return the values of the key's columns in a binary row."""
+        view = memoryview(row)
+        wanted = set(self.table.primary_key)
+        found: dict[str, _Received] = {}
+        start = 2  # the number of columns; then each one's length and value
+        for column in self.table.copied_columns:
+            length = int.from_bytes(view[start : start + 4], "big", signed=True)
+            start += 4
+            if column.name in wanted:
+                found[column.name] = _Received(bytes(view[start : start + length]))
+                if len(found) == len(wanted):
+                    break
+            start += max(0, length)
+        return [found[name] for name in self.table.primary_key]
 
-    def key(self, raw: bytes) -> Key:
-        """Return the key that `rows` gave with a row."""
-        text = raw if self.binary else bytes.fromhex(raw.decode("ascii"))
+    def key_of(self, connection: psycopg.Connection[Any], row: Buffer) -> Key:
+        """Return the key of a binary row that came without it; a server prints its values."""
+        columns = [self.table.column(name) for name in self.table.primary_key]
+        statement = sql.SQL("SELECT {} FROM (SELECT {}) AS t").format(
+            key_array(self.table, "t"),
+            sql.SQL(", ").join(
+                sql.SQL("{}::{} AS {}").format(
+                    sql.Placeholder(format=PyFormat.BINARY),
+                    sql.SQL(column.type),
+                    sql.Identifier(column.name),
+                )
+                for column in columns
+            ),
+        )
+        with connection.cursor() as cursor:
+            cursor.adapters.register_dumper(_Received, _ReceivedDumper)
+            found = cursor.execute(statement, self._key_in(row), prepare=True).fetchone()
+        if found is None:
+            raise RuntimeError("SELECT without FROM gave no row")
+        return tuple(found[0])
+
+
+class Outlet:
+    """The sending end: the rows of one COPY, as they go on to the other side.
+
+    Attributes:
+        rows: to be taken once, in the order of the COPY.
+    """
+
+    def __init__(self, wire: Wire, stream: psycopg.Copy) -> None:
+        self._wire = wire
+        self._key = b""
+        messages = self._without_frame(stream) if wire.binary else iter(stream)
+        self.rows: Iterator[Buffer] = self._without_keys(messages) if wire.is_keyed else messages
+
+    def key(self, connection: psycopg.Connection[Any], row: Buffer) -> Key:
+        """Return the key of `row`, the last one taken. Asks the server of `connection`."""
+        if not self._wire.is_keyed:
+            return self._wire.key_of(connection, row)
+        text = self._key if self._wire.binary else bytes.fromhex(self._key.decode("ascii"))
         return parse_key(text.decode("utf-8"))
+
+    @staticmethod
+    def _without_frame(stream: psycopg.Copy) -> Iterator[Buffer]:
+        messages = iter(stream)
+        # The server sends one message a row, the first one with the header before it.
+        first = bytes(next(messages, b""))[len(BINARY_HEADER) :]
+        if first and first != BINARY_TRAILER:
+            yield first
+        for message in messages:
+            if len(message) > len(BINARY_TRAILER):  # a row has columns
+                yield message
+
+    def _without_keys(self, messages: Iterator[Buffer]) -> Iterator[Buffer]:
+        if not self._wire.binary:
+            for message in messages:
+                self._key, _, rest = bytes(message).partition(b"\t")
+                yield rest
+            return
+        head = len(self._wire.table.copied_columns).to_bytes(2, "big")
+        for message in messages:
+            line = bytes(message)
+            end = 6 + int.from_bytes(line[2:6], "big")
+            self._key = line[6:end]
+            yield head + line[end:]
 
 
 class Inlet:
@@ -98,6 +187,10 @@ class Inlet:
 
     Args:
         pace: rests after each piece.
+
+    Attributes:
+        rows, bytes: how much was sent.
+        last: the row that was taken last, even if sending it failed.
     """
 
     def __init__(
@@ -113,32 +206,44 @@ class Inlet:
         self._cursor = connection.cursor()
         self._context = self._cursor.copy(wire.into(target))
         self._wire = wire
-        self._pieces: list[bytes] = []
-        self._pending = 0
+        self._rows: list[Buffer] = []
+        self._size = 0
+        self._head = BINARY_HEADER if wire.binary else b""
         self.rows = 0
         self.bytes = 0
+        self.last: Buffer | None = None
 
     def __enter__(self) -> Self:
         self._copy = self._context.__enter__()
-        if self._wire.binary:
-            self._pieces.append(BINARY_HEADER)
         return self
 
-    def put(self, row: bytes) -> None:
-        """Send one row, as `Wire.rows` gave it."""
-        self._pieces.append(row)
-        size = len(row)
-        self._pending += size
-        self.rows += 1
-        self.bytes += size
-        if self._pending >= self._piece_bytes:
-            self._flush()
-            self._pace.breathe()
+    def fill(
+        self, rows: Iterator[Buffer], max_rows: int = sys.maxsize, max_bytes: int = sys.maxsize
+    ) -> bool:
+        """Send of `rows` until so many are sent; return False when they came to their end."""
+        left = max_rows - self.rows
+        size, limit = 0, min(self._piece_bytes, max_bytes - self.bytes)
+        for row in islice(rows, left):
+            self.last = row
+            self._rows.append(row)
+            size += len(row)
+            if size >= limit:
+                self._size = size
+                self._flush()
+                self._pace.breathe()
+                size, limit = 0, min(self._piece_bytes, max_bytes - self.bytes)
+                if limit <= 0:
+                    return True
+        self._size = size
+        self._flush()
+        return self.rows >= max_rows
 
-    def _flush(self) -> None:
-        self._copy.write(b"".join(self._pieces))
-        self._pieces.clear()
-        self._pending = 0
+    def _flush(self, tail: bytes = b"") -> None:
+        self._copy.write(b"".join((self._head, *self._rows, tail)))
+        self.rows += len(self._rows)
+        self.bytes += self._size
+        self._rows.clear()
+        self._head, self._size = b"", 0
 
     def __exit__(
         self,
@@ -148,9 +253,7 @@ class Inlet:
     ) -> None:
         try:
             if kind is None:
-                if self._wire.binary:
-                    self._pieces.append(BINARY_TRAILER)
-                self._flush()
+                self._flush(BINARY_TRAILER if self._wire.binary else b"")
             self._context.__exit__(kind, error, trace)
         finally:
             self._cursor.close()
