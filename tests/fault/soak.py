@@ -197,7 +197,7 @@ class Soak:
         self._journeys = [
             Journey(self.world, self._strikes, one, seed, self._note) for one in self._moving
         ]
-        self._writers = Writers(self.world.directory / "ledger" / "soak.jsonl", rename_users=False)
+        self._writers = Writers(self.world.directory / "ledger" / "soak.jsonl")
         self._checked_at = 0.0
 
     def close(self) -> None:

@@ -77,23 +77,11 @@ class Cast:
         return (self.moved, _SESSIONS), (self.neighbour, 1)
 
 
-class WithoutRenames(Relational):
-    """Makes users and never changes them: see docs/testing-faults.md on users in a soak."""
-
-    def rename_member(self) -> None:
-        """Change nothing."""
-
-
 @dataclass
 class Writers:
-    """Threads that write to organizations until they are stopped.
-
-    Attributes:
-        rename_users: whether they change users, too, once they have made some.
-    """
+    """Threads that write to organizations until they are stopped."""
 
     path: Path
-    rename_users: bool = True
     sessions: list[Session] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     _writers: list[Writer] = field(default_factory=list)
@@ -118,9 +106,8 @@ class Writers:
                     random.Random(f"{seed} {organization.id} {slot}"),
                 )
                 self.sessions.append(session)
-                kind = Relational if self.rename_users else WithoutRenames
                 self._writers.append(
-                    Writer(session, kind(session, slot, sessions, 1), Keyspace(session))
+                    Writer(session, Relational(session, slot, sessions, 1), Keyspace(session))
                 )
         self.go()
 

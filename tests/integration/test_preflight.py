@@ -414,7 +414,18 @@ def test_the_same_shared_row_is_fine(cells: Cells) -> None:
 
 def test_a_shared_row_with_other_content_is_a_warning(cells: Cells) -> None:
     cells.destination.execute("INSERT INTO users VALUES (1, 'ann@x', 'Anna')")
-    assert not only(cells.check(), "referenced-row-differs").fatal
+    found = only(cells.check(), "referenced-row-taken-over")
+    assert not found.fatal
+    assert "as they are in cell-1" in found.reason
+
+
+def test_a_shared_row_with_other_content_that_others_use_stays(cells: Cells) -> None:
+    cells.destination.execute(
+        "INSERT INTO users VALUES (1, 'ann@x', 'Anna'); UPDATE projects SET owner_id = 1"
+    )
+    found = only(cells.check(), "referenced-row-differs")
+    assert not found.fatal
+    assert "used by others; they stay" in found.reason
 
 
 def test_another_person_under_the_same_id_blocks(cells: Cells) -> None:
@@ -458,6 +469,7 @@ def grant(connection: Connection, role: str, *more: str) -> None:
     connection.execute(
         sql.SQL("GRANT SELECT, INSERT, DELETE ON ALL TABLES IN SCHEMA public TO {}").format(name)
     )
+    connection.execute(sql.SQL("GRANT UPDATE ON users TO {}").format(name))
     connection.execute(
         sql.SQL("GRANT SET ON PARAMETER session_replication_role TO {}").format(name)
     )

@@ -92,14 +92,38 @@ class Applier:
             LeaseLost: another attempt took over.
             PermanentError: another organization's row stands in the way.
         """
-        if complete and (applied := self._delta.apply(keys, before_commit)) is not None:
-            return applied
-        try:
-            return self._attempt(
-                keys, complete=complete, careful=False, before_commit=before_commit
+        applied = self._delta.apply(keys, before_commit) if complete else None
+        if applied is None:
+            try:
+                applied = self._attempt(
+                    keys, complete=complete, careful=False, before_commit=before_commit
+                )
+            except (psycopg.errors.UniqueViolation, psycopg.errors.ExclusionViolation):
+                applied = self._attempt(
+                    keys, complete=complete, careful=True, before_commit=before_commit
+                )
+        if before_commit is None and not self._move.returning:
+            self._take_over(keys, applied)
+        return applied
+
+    def _take_over(self, keys: Keys, applied: Applied) -> None:
+        """Bring shared rows that the applied rows came to need, and that nobody else uses.
+
+        Not under the gate, where there is no time for it. An attempt that dies before it repeats
+        the round: its log rows are not forgotten yet.
+        """
+
+        def in_transaction(work: Callable[[], None]) -> None:
+            with write(self._destination, self._move):
+                work()
+
+        for table in self._scope.tables:
+            needs = self._references.needed_by(table, keys.get(str(table.name), set()))
+            rows, size = self._references.bring(
+                [(foreign_key, values) for foreign_key, values in needs if values], in_transaction
             )
-        except (psycopg.errors.UniqueViolation, psycopg.errors.ExclusionViolation):
-            return self._attempt(keys, complete=complete, careful=True, before_commit=before_commit)
+            applied.rows += rows
+            applied.bytes += size
 
     def delete_waiting(self, keys: Keys) -> None:
         """Delete those rows of `keys` of which the destination cannot tell whose they are."""

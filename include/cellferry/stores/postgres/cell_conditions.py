@@ -52,7 +52,7 @@ def _prepared(data_map: DataMap, site: Site) -> Iterator[Blocker]:
 
 _NEEDED = {
     Placement.OWNED: "SELECT INSERT DELETE",
-    Placement.REFERENCED: "SELECT INSERT DELETE",
+    Placement.REFERENCED: "SELECT INSERT UPDATE DELETE",
     Placement.GLOBAL: "SELECT",
 }
 

@@ -241,7 +241,7 @@ class Cleaner:
             tuple(key)
             for (key,) in self._connection.execute(
                 "SELECT key FROM cellferry.imported_row"
-                " WHERE migration = %s AND relation = %s ORDER BY key",
+                " WHERE migration = %s AND relation = %s AND NOT was_here ORDER BY key",
                 (self._move.migration, str(table.name)),
             )
         ]
@@ -287,7 +287,7 @@ class Cleaner:
             if child.name in belonging:
                 condition = sql.SQL(
                     "NOT EXISTS (SELECT 1 FROM cellferry.imported_row AS i"
-                    " WHERE i.migration = {} AND i.relation = {} AND i.key = {})"
+                    " WHERE i.migration = {} AND i.relation = {} AND i.key = {} AND NOT i.was_here)"
                 ).format(
                     sql.Literal(self._move.migration),
                     sql.Literal(str(child.name)),

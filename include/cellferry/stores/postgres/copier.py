@@ -291,6 +291,7 @@ class Copier:
             self._progress.check()
             with write(self._destination, self._move):
                 work()
+            reach(Phase.COPY_BATCH)
 
         rows, size = 0, 0
         for foreign_key, values in self._references.needed_by_all(table):

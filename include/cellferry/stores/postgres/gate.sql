@@ -146,13 +146,16 @@ CREATE TABLE IF NOT EXISTS cellferry.checkpoint (
     PRIMARY KEY (migration, relation)
 );
 
--- Referenced rows that a migration brought here.
+-- Referenced rows that a migration brought here. One that was here before, and that nobody else
+-- used, became as it was at the source; it stays whatever comes of the migration.
 CREATE TABLE IF NOT EXISTS cellferry.imported_row (
     migration bigint NOT NULL,
     relation text NOT NULL,
     key text[] NOT NULL,
+    was_here boolean NOT NULL DEFAULT false,
     PRIMARY KEY (migration, relation, key)
 );
+ALTER TABLE cellferry.imported_row ADD COLUMN IF NOT EXISTS was_here boolean NOT NULL DEFAULT false;
 
 -- A controller holds or awaits the exclusive side. Wait with everybody, but not for ever: a waiting
 -- writer occupies a connection that other organizations may need.

@@ -534,7 +534,7 @@ _HAS_OWN_GRANTS = """
 
 _TABLE_PRIVILEGES: Mapping[Placement, tuple[LiteralString, ...]] = {
     Placement.OWNED: ("SELECT", "INSERT", "DELETE"),
-    Placement.REFERENCED: ("SELECT", "INSERT", "DELETE"),
+    Placement.REFERENCED: ("SELECT", "INSERT", "UPDATE", "DELETE"),
     Placement.GLOBAL: ("SELECT",),
 }
 

@@ -1,8 +1,9 @@
 """Referenced rows: what an organization's rows point at and shares with others (users, plans).
 
-The rule of authority: a row that the destination has already is left alone. One that it lacks is
-copied, recorded in `cellferry.imported_row`, and follows later changes at the source until the
-flip. None is ever deleted, except by an abort when nobody else refers to it.
+The rule of authority: a row that others use at the destination is left alone. One that it lacks is
+copied, one that nobody else uses there is made as it is at the source; both are recorded in
+`cellferry.imported_row`, and follow later changes at the source until the flip. None is ever
+deleted, except by an abort when the move brought it and nobody else refers to it.
 
 On the way back the old cell has the row already. One that the move took along comes back as it is
 now if this organization alone uses it at the old cell; one that others use there stays as it is.
@@ -34,6 +35,9 @@ from cellferry.stores.postgres.scope import (
     texts_match,
     texts_relation,
 )
+from cellferry.stores.postgres.taking_over import BATCH as LOCKED
+from cellferry.stores.postgres.taking_over import TakeOver
+from cellferry.stores.postgres.usage import Usage
 from cellferry.stores.postgres.wire import Inlet, Outlet, Wire
 
 BATCH = 10_000
@@ -64,6 +68,10 @@ class ReferencedRows:
         self._wires = wires
         self._migration = migration
         self._returning = returning
+        self._usage = Usage(destination, source, scope, migration)
+        self._take_over = TakeOver(destination, scope, self._usage, self.carry)
+        #: Rows of which it was looked what they point at in turn.
+        self._followed_up: set[tuple[str, Key]] = set()
 
     def foreign_keys(self, table: Table) -> tuple[ForeignKey, ...]:
         """Return the foreign keys of `table` that lead to referenced rows."""
@@ -110,16 +118,19 @@ class ReferencedRows:
     ) -> tuple[int, int]:
         """Insert those of `needs` that the destination lacks, and what these point at in turn.
 
+        With `batch`, also take over those that are there and that nobody else uses.
+
         Args:
             needs: what moved rows point at.
             batch: runs its argument in a transaction of its own; None when one is open.
 
         Returns:
-            Rows inserted, and their bytes.
+            Rows inserted or changed, and their bytes.
 
         Raises:
-            PermanentError: a row cannot be inserted, because another row with its unique values
-                is at the destination already.
+            PermanentError: a row cannot come, because another row with its unique values is at the
+                destination already.
+            TransientError: a row that nobody uses is locked.
         """
         inserted_rows = inserted_bytes = 0
         waiting = deque(needs)
@@ -130,25 +141,85 @@ class ReferencedRows:
             fresh = [value for value in values if (foreign_key.name, value) not in seen]
             seen.update((foreign_key.name, value) for value in fresh)
             for some in _batches(fresh, BATCH):
+                came: set[Key] = set()
+                if batch is not None:
+                    # First: a row may have got the value by which it is referred to only since.
+                    came, rows, size = self._take_unused(parent, foreign_key, some, batch)
+                    inserted_rows += rows
+                    inserted_bytes += size
+                columns: Sequence[str] = foreign_key.parent_columns
+                asked: Collection[Key] = some
+                if foreign_key.optional:
+                    # What belongs to a row is many rows: some of them may be there.
+                    columns = parent.primary_key
+                    asked = self._at_source(parent, foreign_key, some)
                 result: list[tuple[list[Key], int]] = []
 
                 def work(
                     parent: Table = parent,
-                    foreign_key: ForeignKey = foreign_key,
-                    some: list[Key] = some,
+                    columns: Sequence[str] = columns,
+                    asked: Collection[Key] = asked,
                     result: list[tuple[list[Key], int]] = result,
                 ) -> None:
-                    result.append(self._insert_absent(parent, foreign_key.parent_columns, some))
+                    result.append(self._insert_absent(parent, columns, asked))
 
                 if batch is None:
                     work()
-                else:
+                elif self._absent(parent, columns, asked):
                     batch(work)
-                keys, size = result[-1]
+                keys, size = result[-1] if result else ([], 0)
                 inserted_rows += len(keys)
                 inserted_bytes += size
-                waiting.extend(self.needed_by(parent, keys))
+                came.update(keys)
+                waiting.extend(self.needed_by(parent, came))
+                if batch is not None:
+                    self._followed_up.update((str(parent.name), key) for key in came)
         return inserted_rows, inserted_bytes
+
+    def _at_source(
+        self, parent: Table, foreign_key: ForeignKey, values: Collection[Key]
+    ) -> set[Key]:
+        """Return the primary keys of the source's rows to which `values` refer."""
+        columns = foreign_key.parent_columns
+        statement = sql.SQL("SELECT {} FROM {} AS t JOIN {} ON {}").format(
+            key_array(parent, "t"),
+            parent.name.identifier,
+            texts_relation(values, len(columns)),
+            texts_match([parent.column(column) for column in columns]),
+        )
+        return {tuple(key) for (key,) in self._source.execute(statement, prepare=False)}
+
+    def _take_unused(
+        self,
+        parent: Table,
+        foreign_key: ForeignKey,
+        values: Collection[Key],
+        batch: Callable[[Callable[[], None]], None],
+    ) -> tuple[set[Key], int, int]:
+        """Take over rows that are there and that nobody else uses.
+
+        Returns:
+            What came with this migration, now or before an attempt of it ended, and was not
+            followed up; rows that were changed, and their bytes.
+        """
+        name = str(parent.name)
+        wanted = self._at_source(parent, foreign_key, values)
+        wanted = {key for key in wanted if (name, key) not in self._followed_up}
+        present = self._take_over.present(parent, wanted)
+        came = self._imported(parent, present)
+        changed = volume = 0
+        for some in _batches(sorted(self._take_over.unused(parent, present - came)), LOCKED):
+
+            def work(some: Sequence[Key] = some) -> None:
+                nonlocal changed, volume
+                taken, rows, size = self._take_over.take(parent, some)
+                self._record(parent, taken, was_here=True)
+                came.update(taken)
+                changed += rows
+                volume += size
+
+            batch(work)
+        return came, changed, volume
 
     def _absent(self, parent: Table, columns: Sequence[str], values: Collection[Key]) -> list[Key]:
         statement = sql.SQL(
@@ -302,86 +373,12 @@ class ReferencedRows:
                 for connection in (self._source, self._destination)
             )
             different |= {key for key, digest in here.items() if there.get(key, digest) != digest}
-        return sorted(self._used_by_others(table, different))
+        return sorted(self._usage.by_others(table, different))
 
     def _ours_alone(self, table: Table, keys: Collection[Key]) -> set[Key]:
         """On the way back: those of `keys` that came along and that nobody else uses here."""
         came_along = self._took_along(table, keys)
-        return came_along - self._used_by_others(table, came_along)
-
-    def _used_by_others(self, table: Table, keys: Collection[Key]) -> set[Key]:
-        """Return those of `keys` that rows which are not the organization's refer to here.
-
-        A shared row that refers to one of them counts if it is itself used by others.
-        """
-        used: set[tuple[str, Key]] = set()
-        refers_to: dict[tuple[str, Key], set[tuple[str, Key]]] = {}
-        known: dict[str, set[Key]] = {str(table.name): set(keys)}
-        waiting = deque([(table, set(keys))] if keys else [])
-        while waiting:
-            parent, some = waiting.popleft()
-            for foreign_key in self._scope.data_map.foreign_keys:
-                child = self._scope.data_map.by_name.get(foreign_key.child)
-                if child is None or foreign_key.parent != parent.name or foreign_key.temporal:
-                    continue
-                if child.placement is Placement.CELL_LOCAL:
-                    continue
-                name = str(child.name)
-                if child.placement is not Placement.REFERENCED:
-                    used |= {
-                        (str(parent.name), key)
-                        for key in self._used_directly(parent, some, child, foreign_key)
-                    }
-                    continue
-                fresh: set[Key] = set()
-                for key, user in self._referring(parent, some, child, foreign_key):
-                    refers_to.setdefault((name, user), set()).add((str(parent.name), key))
-                    fresh.add(user)
-                fresh -= known.setdefault(name, set())
-                known[name] |= fresh
-                if fresh:
-                    waiting.append((child, fresh))
-        through = list(used)
-        while through:
-            for more in refers_to.get(through.pop(), set()) - used:
-                used.add(more)
-                through.append(more)
-        return {key for name, key in used if name == str(table.name)} & set(keys)
-
-    def _used_directly(
-        self, parent: Table, keys: Collection[Key], child: Table, foreign_key: ForeignKey
-    ) -> set[Key]:
-        ours: sql.Composable = sql.SQL("false")
-        if child.placement is Placement.OWNED:
-            ours = sql.SQL("COALESCE({}, false)").format(self._scope.owned(child, "c"))
-        statement = sql.SQL(
-            "SELECT {} FROM {} AS p JOIN {} ON {}"
-            " WHERE EXISTS (SELECT 1 FROM {} AS c WHERE {} AND NOT {})"
-        ).format(
-            key_array(parent, "p"),
-            parent.name.identifier,
-            keys_relation(parent, keys),
-            keys_match(parent, "p"),
-            child.name.identifier,
-            _tie(foreign_key),
-            ours,
-        )
-        return {tuple(key) for (key,) in self._destination.execute(statement, prepare=False)}
-
-    def _referring(
-        self, parent: Table, keys: Collection[Key], child: Table, foreign_key: ForeignKey
-    ) -> list[tuple[Key, Key]]:
-        statement = sql.SQL("SELECT {}, {} FROM {} AS p JOIN {} ON {} JOIN {} AS c ON {}").format(
-            key_array(parent, "p"),
-            key_array(child, "c"),
-            parent.name.identifier,
-            keys_relation(parent, keys),
-            keys_match(parent, "p"),
-            child.name.identifier,
-            _tie(foreign_key),
-        )
-        found = self._destination.execute(statement, prepare=False)
-        return [(tuple(key), tuple(user)) for key, user in found]
+        return came_along - self._usage.by_others(table, came_along)
 
     def _brought(self, table: Table, among: Collection[Key]) -> sql.Composed:
         """Return a query for those of `among` that this migration brought."""
@@ -435,19 +432,20 @@ class ReferencedRows:
         found = {key for key, owner in owners.items() if owner in imported}
         return set(self._absent(table, table.primary_key, found)) if found else set()
 
-    def _record(self, table: Table, keys: Collection[Key]) -> None:
-        """Remember that this migration brought `keys`."""
+    def _record(self, table: Table, keys: Collection[Key], *, was_here: bool = False) -> None:
+        """Remember that this migration brought `keys`, or the content of rows that were here."""
         if not keys:
             return
         width = len(table.primary_key)
         self._destination.execute(
             sql.SQL(
-                "INSERT INTO cellferry.imported_row (migration, relation, key)"
-                " SELECT {}, {}, ARRAY[{}] FROM {} ON CONFLICT DO NOTHING"
+                "INSERT INTO cellferry.imported_row (migration, relation, key, was_here)"
+                " SELECT {}, {}, ARRAY[{}], {} FROM {} ON CONFLICT DO NOTHING"
             ).format(
                 sql.Literal(self._migration),
                 sql.Literal(str(table.name)),
                 sql.SQL(", ").join(sql.Identifier("k", f"k{n}") for n in range(1, width + 1)),
+                sql.Literal(was_here),
                 texts_relation(keys, width),
             ),
             prepare=False,
@@ -494,13 +492,6 @@ def crossing(scope: Scope, table: Table) -> tuple[ForeignKey, ...]:
         and foreign_key.parent in by_name
         and by_name[foreign_key.parent].placement is Placement.OWNED
         and not is_inside(scope.data_map, foreign_key, table, by_name[foreign_key.parent])
-    )
-
-
-def _tie(foreign_key: ForeignKey) -> sql.Composed:
-    return sql.SQL(" AND ").join(
-        sql.SQL("{} = {}").format(sql.Identifier("c", ours), sql.Identifier("p", theirs))
-        for ours, theirs in zip(foreign_key.columns, foreign_key.parent_columns, strict=True)
     )
 
 

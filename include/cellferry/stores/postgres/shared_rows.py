@@ -16,12 +16,13 @@ from cellferry.stores.postgres.examination import (
     literally,
     warning,
 )
-from cellferry.stores.postgres.row_keys import key_array, key_text
+from cellferry.stores.postgres.likeness import are_strangers, outline, telling_uniques
+from cellferry.stores.postgres.row_keys import key_array
 from cellferry.stores.postgres.schema import ForeignKey, Placement, Table
+from cellferry.stores.postgres.scope import Key, Scope
+from cellferry.stores.postgres.usage import Usage
 
 BATCH = 10_000
-
-Key = tuple[str, ...]
 
 
 def compare_global(examination: Examination) -> Iterator[Blocker]:
@@ -170,11 +171,21 @@ def _with_keys(
 
 @dataclass
 class _Comparison:
-    """What was found about one referenced table."""
+    """What was found about one referenced table.
 
-    stale: list[Key] = field(default_factory=list)
+    Attributes:
+        kept: rows with other content that others use at the destination.
+        taken_over: rows with other content that nobody else uses there.
+        strangers: other things under the same key.
+        collisions: by unique key, rows at the destination and the values they have that come.
+        changing: by unique key, rows at the destination that will lose their value.
+    """
+
+    kept: list[Key] = field(default_factory=list)
+    taken_over: list[Key] = field(default_factory=list)
     strangers: list[Key] = field(default_factory=list)
-    taken: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
+    collisions: dict[str, list[tuple[Key, tuple[Any, ...]]]] = field(default_factory=dict)
+    changing: dict[str, set[Key]] = field(default_factory=dict)
 
     def blockers(self, examination: Examination, table: Table) -> Iterator[Blocker]:
         where = examination.destination.where(table.name)
@@ -187,77 +198,73 @@ class _Comparison:
                 f" {examples(list(self.strangers))}",
                 "give each cell its own range of ids for this table, or make the rows agree",
             )
-        if self.stale:
+        if self.kept:
             yield warning(
                 "referenced-row-differs",
                 where,
-                f"{len(self.stale)} rows that organization {examination.organization} refers to"
-                " exist here with other content, which stays, for example"
-                f" {examples(list(self.stale))}",
+                f"{len(self.kept)} rows that organization {examination.organization} refers to"
+                " exist here with other content and are used by others; they stay as they are"
+                f" here, for example {examples(list(self.kept))}",
                 "make them agree if the application expects so",
             )
-        for name, rows in self.taken.items():
-            yield Blocker(
-                "key-collision",
+        if self.taken_over:
+            yield warning(
+                "referenced-row-taken-over",
                 where,
-                f"unique key {name}: {len(rows)} referenced rows cannot be inserted because another"
-                f" row has the value, for example {examples(rows)}",
-                "make both cells agree on these rows: same key, same unique values",
+                f"{len(self.taken_over)} rows that organization {examination.organization} refers"
+                " to exist here with other content, and nobody else uses them; the copy makes them"
+                f" as they are in {examination.source.cell.name}, for example"
+                f" {examples(list(self.taken_over))}",
+                "nothing, unless the content here must be kept: then see that a row of another"
+                " organization here refers to them",
             )
+        for name, found in self.collisions.items():
+            rows = [values for key, values in found if key not in self.changing.get(name, ())]
+            if rows:
+                yield Blocker(
+                    "key-collision",
+                    where,
+                    f"unique key {name}: {len(rows)} referenced rows cannot come because another"
+                    f" row has the value, for example {examples(rows)}",
+                    "make both cells agree on these rows: same key, same unique values",
+                )
 
 
 def _compare(
     examination: Examination, table: Table, keys: list[Key], comparison: _Comparison
 ) -> None:
-    uniques = [
-        one
-        for one in table.uniques
-        if not one.exclusion and one.columns and set(one.columns) != set(table.primary_key)
-    ]
-    shown = sql.SQL(", ").join(
-        [
-            key_array(table, "t"),
-            sql.SQL("hashtextextended((ROW({}))::text, 0)").format(
-                _columns(tuple(sorted(column.name for column in table.columns)), "t")
-            ),
-            *(
-                sql.SQL("CASE WHEN {} THEN ARRAY[{}] END").format(
-                    sql.SQL(one.predicate) if one.predicate else sql.SQL("true"),
-                    sql.SQL(", ").join(
-                        sql.SQL("{}::text").format(key_text(table.column(name), "t"))
-                        for name in one.columns
-                    ),
-                )
-                for one in uniques
-            ),
-        ]
-    )
-    select = sql.SQL("SELECT {}").format(shown)
+    uniques = telling_uniques(table)
+    select = sql.SQL("SELECT {}").format(outline(table))
     with examination.source.reading() as cursor:
         ours = {tuple(row[0]): row[1:] for row in _with_keys(cursor, table, keys, select)}
     site = examination.destination
-    with site.reading() as cursor:
+    with examination.source.reading(), site.reading() as cursor:
         theirs = {tuple(row[0]): row[1:] for row in _with_keys(cursor, table, keys, select)}
-        for key, row in ours.items():
-            other = theirs.get(key)
-            if other is None or other[0] == row[0]:
-                continue
-            pairs = [
-                (mine, its)
-                for mine, its in zip(row[1:], other[1:], strict=True)
-                if mine is not None and its is not None and None not in mine
-            ]
-            if pairs and all(mine != its for mine, its in pairs):
-                comparison.strangers.append(key)
-            else:
-                comparison.stale.append(key)
-        absent = [row for key, row in ours.items() if key not in theirs]
+        different = {key for key, row in ours.items() if theirs.get(key, row)[0] != row[0]}
+        strangers = {key for key in different if are_strangers(ours[key][1:], theirs[key][1:])}
+        used = _usage(examination).by_others(table, different - strangers)
+        taken_over = different - strangers - used
+        comparison.strangers.extend(sorted(strangers))
+        comparison.kept.extend(sorted(used))
+        comparison.taken_over.extend(sorted(taken_over))
+        absent = ours.keys() - theirs.keys()
         for number, one in enumerate(uniques, start=1):
-            values = [row[number] for row in absent if row[number] and None not in row[number]]
+            changing = {key for key in taken_over if ours[key][number] != theirs[key][number]}
+            comparison.changing.setdefault(one.name, set()).update(changing)
+            coming = [ours[key][number] for key in sorted(absent | changing)]
+            values = [value for value in coming if value and None not in value]
             if values:
                 taken = _taken(cursor, table, one.columns, one.predicate, values)
-                if taken:
-                    comparison.taken.setdefault(one.name, []).extend(taken)
+                comparison.collisions.setdefault(one.name, []).extend(taken)
+
+
+def _usage(examination: Examination) -> Usage:
+    return Usage(
+        examination.destination.connection,
+        examination.source.connection,
+        Scope(examination.data_map, examination.organization),
+        looks_at=lambda table: examination.is_usable(table.name),
+    )
 
 
 def _taken(
@@ -266,7 +273,7 @@ def _taken(
     columns: tuple[str, ...],
     predicate: str | None,
     values: list[list[str]],
-) -> list[tuple[Any, ...]]:
+) -> list[tuple[Key, tuple[Any, ...]]]:
     names = [sql.Identifier(f"cellferry_{number}") for number in range(len(columns))]
     match = sql.SQL(" AND ").join(
         sql.SQL("{} = k.{}::{}").format(
@@ -277,7 +284,9 @@ def _taken(
     query = sql.Composed(
         [
             literally(
-                sql.SQL("SELECT k.* FROM {} AS t JOIN unnest(").format(table.name.identifier),
+                sql.SQL("SELECT {}, k.* FROM {} AS t JOIN unnest(").format(
+                    key_array(table, "t"), table.name.identifier
+                ),
                 cursor,
             ),
             sql.SQL(", ").join(sql.SQL("%s::text[]") for _ in names),
@@ -291,4 +300,5 @@ def _taken(
             ),
         ]
     )
-    return cursor.execute(query, list(map(list, zip(*values, strict=True)))).fetchall()
+    found = cursor.execute(query, list(map(list, zip(*values, strict=True)))).fetchall()
+    return [(tuple(row[0]), row[1:]) for row in found]

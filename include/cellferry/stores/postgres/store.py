@@ -887,7 +887,8 @@ class PostgresMove(StoreMove):
         stale there, and the next move to this cell would leave them as they are.
         """
         went_back = self._destination.execute(
-            "SELECT migration, relation, key FROM cellferry.imported_row WHERE migration = %s",
+            "SELECT migration, relation, key FROM cellferry.imported_row"
+            " WHERE migration = %s AND NOT was_here",
             (self.move.migration,),
         ).fetchall()
         with write(self._source, self.move):

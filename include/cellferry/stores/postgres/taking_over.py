@@ -1,0 +1,273 @@
+"""Shared rows that the destination has already and that nobody else uses there.
+
+Such a row is of the organization that comes: a copy that an earlier stay of it left, for example.
+It becomes as it is at the source, and is recorded as imported, so that rounds bring what changes
+later and verification compares it. It is updated where it is and not replaced: who begins to refer
+to it meanwhile waits for our lock, and finds it as it is then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from cellferry.errors import PermanentError, TransientError
+from cellferry.stores.postgres import sessions
+from cellferry.stores.postgres.conflicts import (
+    WAITING_ROOM,
+    Barrier,
+    admit,
+    barriers,
+    waiting_room,
+)
+from cellferry.stores.postgres.likeness import are_strangers, outline
+from cellferry.stores.postgres.row_keys import key_array
+from cellferry.stores.postgres.schema import Table
+from cellferry.stores.postgres.scope import (
+    Key,
+    Scope,
+    keys_join,
+    keys_match,
+    keys_relation,
+    row_hash,
+)
+from cellferry.stores.postgres.usage import Usage
+
+#: At most so many rows are locked in one transaction.
+BATCH = 1_000
+
+#: A transaction that refers to one of the rows may take so long to end (seconds).
+LOCK_TIMEOUT_S = 5
+
+#: Copies rows of a table from the source into a target; says how many, and their bytes.
+Carry = Callable[[Table, sql.Composable, sql.Composable], tuple[int, int]]
+
+
+class TakeOver:
+    """Makes rows at the destination the organization's; see `take`.
+
+    Args:
+        destination: with the replica role.
+        usage: who uses rows of the destination.
+        carry: brings rows from the source.
+    """
+
+    def __init__(
+        self, destination: psycopg.Connection[Any], scope: Scope, usage: Usage, carry: Carry
+    ) -> None:
+        self._destination = destination
+        self._scope = scope
+        self._usage = usage
+        self._carry = carry
+
+    def present(self, table: Table, keys: Collection[Key]) -> set[Key]:
+        """Return those of `keys` that the destination has."""
+        if not keys:
+            return set()
+        statement = sql.SQL("SELECT {} FROM {} AS t {}").format(
+            key_array(table, "t"), table.name.identifier, keys_join(table, keys)
+        )
+        return {tuple(key) for (key,) in self._destination.execute(statement, prepare=False)}
+
+    def unused(self, table: Table, keys: Collection[Key]) -> set[Key]:
+        """Return those of `keys` that nobody else uses at the destination."""
+        return set(keys) - self._usage.by_others(table, keys)
+
+    def take(self, table: Table, keys: Collection[Key]) -> tuple[set[Key], int, int]:
+        """Make those of `keys` equal to the source's that nobody else uses.
+
+        In the caller's transaction at the destination.
+
+        Returns:
+            The keys that are the organization's now, how many rows were changed, and the bytes
+            that travelled.
+
+        Raises:
+            TransientError: a transaction holds one of the rows.
+            PermanentError: another row has a unique value that a row has at the source.
+        """
+        # Locked first: a transaction that refers to a row holds it until it ends, and the next
+        # statement sees what it did; one that comes later waits for us.
+        locked = self._lock(table, keys)
+        ours = self.unused(table, locked)
+        if not ours:
+            return set(), 0, 0
+        with waiting_room(self._destination, table):
+            _, size = self._carry(
+                table,
+                sql.SQL("FROM {} AS t {}").format(table.name.identifier, keys_join(table, ours)),
+                WAITING_ROOM,
+            )
+            ours, different = self._compare(table, ours)
+            if different:
+                self._leave_waiting(table, different)
+                if self._clears_the_way(table, different):
+                    self._replace(table, different)
+                else:
+                    self._update(table)
+        return ours, len(different), size
+
+    def _lock(self, table: Table, keys: Collection[Key]) -> set[Key]:
+        statement = sql.SQL("SELECT {} FROM {} AS t {} ORDER BY {} FOR UPDATE OF t").format(
+            key_array(table, "t"),
+            table.name.identifier,
+            keys_join(table, keys),
+            sql.SQL(", ").join(sql.Identifier("t", column) for column in table.primary_key),
+        )
+        sessions.set_locally(self._destination, "lock_timeout", f"{LOCK_TIMEOUT_S}s")
+        try:
+            locked = {tuple(key) for (key,) in self._destination.execute(statement, prepare=False)}
+        except psycopg.errors.LockNotAvailable as error:
+            raise TransientError(
+                f"a row of {table.name} that organization {self._scope.organization} refers to is"
+                f" locked at the destination for more than {LOCK_TIMEOUT_S} s",
+                hint="wait for the transaction that holds it, or end it (pg_locks); then run the"
+                " step again, it goes on from here",
+                organization=self._scope.organization,
+                where=str(table.name),
+            ) from error
+        sessions.set_locally(self._destination, "lock_timeout", "0")
+        return locked
+
+    def _compare(self, table: Table, keys: Collection[Key]) -> tuple[set[Key], set[Key]]:
+        """Return which rows are the same thing as those that wait, and which of them differ."""
+        shown = outline(table)
+        coming = {
+            tuple(row[0]): row[1:]
+            for row in self._destination.execute(
+                sql.SQL("SELECT {} FROM {} AS t").format(shown, WAITING_ROOM), prepare=False
+            )
+        }
+        here = {
+            tuple(row[0]): row[1:]
+            for row in self._destination.execute(
+                sql.SQL("SELECT {} FROM (SELECT t.* FROM {} AS t {}) AS t").format(
+                    shown, table.name.identifier, keys_join(table, keys)
+                ),
+                prepare=False,
+            )
+        }
+        same = {
+            key
+            for key, row in coming.items()
+            if key in here and not are_strangers(row[1:], here[key][1:])
+        }
+        return same, {key for key in same if coming[key][0] != here[key][0]}
+
+    def _leave_waiting(self, table: Table, keys: Collection[Key]) -> None:
+        self._destination.execute(
+            sql.SQL("DELETE FROM {} AS t WHERE NOT EXISTS (SELECT FROM {} WHERE {})").format(
+                WAITING_ROOM, keys_relation(table, keys), keys_match(table)
+            ),
+            prepare=False,
+        )
+
+    def _clears_the_way(self, table: Table, keys: Collection[Key]) -> bool:
+        """Whether the rows stand only in each other's way, having swapped unique values.
+
+        Raises:
+            PermanentError: a row stands in the way that is none of them.
+        """
+        swapped = False
+        for name, expressions, here, coming in _collisions(self._destination, table):
+            if here not in keys:
+                raise PermanentError(
+                    f"key collision: {table.name} row {', '.join(coming)} cannot become as it is at"
+                    f" the source: row {', '.join(here)} at the destination has the same {name}"
+                    f" ({', '.join(expressions)})",
+                    hint="make both cells agree on these rows (same key, same unique values),"
+                    " then run the step again",
+                    organization=self._scope.organization,
+                    where=str(table.name),
+                )
+            swapped = True
+        # Nobody can give such a column a value but an insert.
+        return swapped or any(
+            column.identity == "a" and column.name not in table.primary_key
+            for column in table.columns
+        )
+
+    def _update(self, table: Table) -> None:
+        columns = [
+            column for column in table.copied_columns if column.name not in table.primary_key
+        ]
+        if not columns:
+            return
+        self._destination.execute(
+            sql.SQL("UPDATE {} AS t SET {} FROM {} AS w WHERE {} AND {} <> {}").format(
+                table.name.identifier,
+                sql.SQL(", ").join(
+                    sql.SQL("{} = {}").format(
+                        sql.Identifier(column.name), sql.Identifier("w", column.name)
+                    )
+                    for column in columns
+                ),
+                WAITING_ROOM,
+                sql.SQL(" AND ").join(
+                    sql.SQL("{} = {}").format(sql.Identifier("t", name), sql.Identifier("w", name))
+                    for name in table.primary_key
+                ),
+                row_hash(table, "t"),
+                row_hash(table, "w"),
+            ),
+            prepare=False,
+        )
+
+    def _replace(self, table: Table, keys: Collection[Key]) -> None:
+        self._destination.execute(
+            sql.SQL("DELETE FROM {} AS t USING {} WHERE {}").format(
+                table.name.identifier, keys_relation(table, keys), keys_match(table)
+            ),
+            prepare=False,
+        )
+        admit(self._destination, table)
+
+
+def _collisions(
+    connection: psycopg.Connection[Any], table: Table
+) -> Iterator[tuple[str, tuple[str, ...], Key, Key]]:
+    """Yield what is unique by which barrier, the row that has it, and the row that waits for it.
+
+    Looked for beforehand: the replica role does not check deferrable keys.
+    """
+    for barrier in barriers(connection, table):
+        for here, coming in connection.execute(_colliding(table, barrier)).fetchall():
+            yield barrier.name, barrier.expressions, tuple(here), tuple(coming)
+
+
+def _colliding(table: Table, barrier: Barrier) -> sql.Composed:
+    names = [sql.Identifier(f"cf_e{number}") for number in range(len(barrier.expressions))]
+    values = sql.SQL(", ").join(
+        # Printed by the server itself, from its catalog.
+        sql.SQL("({}) AS {}").format(sql.SQL(expression), name)
+        for expression, name in zip(barrier.expressions, names, strict=True)
+    )
+    conditions = [
+        (
+            sql.SQL("t.{} {} s.{}").format(name, sql.SQL(barrier.operators[number]), name)
+            if barrier.operators
+            else sql.SQL("t.{} IS NOT DISTINCT FROM s.{}").format(name, name)
+            if barrier.nulls_equal
+            else sql.SQL("t.{} = s.{}").format(name, name)
+        )
+        for number, name in enumerate(names)
+    ]
+    return sql.SQL(
+        "SELECT DISTINCT {here}, {coming}"
+        " FROM (SELECT t.*, {values} FROM {table} AS t {where}) AS t"
+        " JOIN (SELECT s.*, {values} FROM {room} AS s {where}) AS s ON {condition}"
+        " WHERE {here} <> {coming}"
+    ).format(
+        here=key_array(table, "t"),
+        coming=key_array(table, "s"),
+        values=values,
+        table=table.name.identifier,
+        room=WAITING_ROOM,
+        where=sql.SQL("WHERE {}").format(
+            sql.SQL(barrier.predicate) if barrier.predicate else sql.SQL("true")
+        ),
+        condition=sql.SQL(" AND ").join(conditions),
+    )

@@ -1,0 +1,255 @@
+"""Who uses shared rows in a cell, besides the organization that moves there.
+
+Rows that refer to them by any foreign key of the data map count, whoever's they are: another
+organization's, nobody's, or a global table's. Three kinds do not: those of organizations of which
+this cell only has a copy (it is being made, or waits to be deleted: nobody works with it), those
+of cell-local tables, which the mover may not even read, and shared rows that nobody uses in turn.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from cellferry.stores.postgres.ownership import owner_text
+from cellferry.stores.postgres.row_keys import key_array
+from cellferry.stores.postgres.schema import ForeignKey, Placement, Table
+from cellferry.stores.postgres.scope import (
+    Key,
+    Scope,
+    keys_join,
+    keys_match,
+    keys_relation,
+    text_array,
+    texts_relation,
+)
+
+#: More rows of nobody than this that refer to some rows are not looked at one by one.
+MOST_UNOWNED = 100_000
+
+
+class Usage:
+    """Looks at one cell, for one organization.
+
+    Args:
+        cell: where the shared rows are.
+        elsewhere: where the organization's rows come from. A row that was copied before its parent
+            is nobody's in `cell` for a while; there it can be told whose it is.
+        migration: whose own imported rows do not count as another's; None before there is one.
+        looks_at: which of the tables that refer to shared rows can be read; by default all.
+    """
+
+    def __init__(
+        self,
+        cell: psycopg.Connection[Any],
+        elsewhere: psycopg.Connection[Any],
+        scope: Scope,
+        migration: int | None = None,
+        *,
+        looks_at: Callable[[Table], bool] = lambda _table: True,
+    ) -> None:
+        self._cell = cell
+        self._elsewhere = elsewhere
+        self._scope = scope
+        self._migration = migration
+        self._looks_at = looks_at
+
+    def by_others(self, table: Table, keys: Collection[Key]) -> set[Key]:
+        """Return those of `keys` that somebody else uses, or another move brings.
+
+        A shared row that refers to one of them counts if it is itself used by others.
+        """
+        if not keys:
+            return set()
+        idle = self._idle()
+        brought = self._brought_by_others(table, keys)
+        used: set[tuple[str, Key]] = {(str(table.name), key) for key in brought}
+        refers_to: dict[tuple[str, Key], set[tuple[str, Key]]] = {}
+        known: dict[str, set[Key]] = {str(table.name): set(keys)}
+        waiting = deque([(table, set(keys) - brought)])
+        while waiting:
+            parent, some = waiting.popleft()
+            name = str(parent.name)
+            for child, foreign_key in self._children(parent):
+                if child.placement is not Placement.REFERENCED:
+                    # What is used by one table's rows need not be looked for in the next.
+                    some = {key for key in some if (name, key) not in used}
+                    used |= {
+                        (name, key)
+                        for key in self._used_directly(parent, some, child, foreign_key, idle)
+                    }
+                    continue
+                fresh: set[Key] = set()
+                for key, user in self._referring(parent, some, child, foreign_key):
+                    refers_to.setdefault((str(child.name), user), set()).add((name, key))
+                    fresh.add(user)
+                fresh -= known.setdefault(str(child.name), set())
+                known[str(child.name)] |= fresh
+                if fresh:
+                    waiting.append((child, fresh))
+        through = list(used)
+        while through:
+            for more in refers_to.get(through.pop(), set()) - used:
+                used.add(more)
+                through.append(more)
+        return {key for name, key in used if name == str(table.name)} & set(keys)
+
+    def _children(self, parent: Table) -> list[tuple[Table, ForeignKey]]:
+        """Return who may refer to `parent`: small tables first, they may save us the large ones."""
+        by_name = self._scope.data_map.by_name
+        found = [
+            (by_name[foreign_key.child], foreign_key)
+            for foreign_key in self._scope.data_map.foreign_keys
+            if foreign_key.parent == parent.name
+            and foreign_key.child in by_name
+            and not foreign_key.temporal
+        ]
+        return sorted(
+            (
+                one
+                for one in found
+                if one[0].placement is not Placement.CELL_LOCAL and self._looks_at(one[0])
+            ),
+            key=lambda one: (one[0].placement is Placement.REFERENCED, one[0].estimated_rows),
+        )
+
+    def _is_prepared(self) -> bool:
+        # Asked of the catalog: an error would end the caller's transaction.
+        row = self._cell.execute(
+            "SELECT count(*) FROM pg_catalog.pg_class AS c"
+            " JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace"
+            " WHERE n.nspname = 'cellferry' AND c.relname IN ('gate', 'imported_row')"
+            " AND has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT')"
+        ).fetchone()
+        return row == (2,)
+
+    def _idle(self) -> list[str]:
+        """Return the organizations of which nobody uses the rows here, and ours."""
+        if not self._is_prepared():
+            return [self._scope.organization]
+        return [
+            self._scope.organization,
+            *(
+                organization
+                for (organization,) in self._cell.execute(
+                    "SELECT organization FROM cellferry.gate WHERE state IN ('importing', 'moved')"
+                )
+            ),
+        ]
+
+    def _brought_by_others(self, table: Table, keys: Collection[Key]) -> set[Key]:
+        """Return those of `keys` that another migration, which is under way, brings here.
+
+        It follows their changes, perhaps in another cell than ours; both would never agree.
+        """
+        if not self._is_prepared():
+            return set()
+        width = len(table.primary_key)
+        statement = sql.SQL(
+            "SELECT i.key FROM cellferry.imported_row AS i JOIN {} ON i.key = ARRAY[{}]"
+            " WHERE i.relation = {} AND i.migration IS DISTINCT FROM {} AND EXISTS"
+            " (SELECT FROM cellferry.gate AS g"
+            " WHERE g.migration = i.migration AND g.state = 'importing')"
+        ).format(
+            texts_relation(keys, width),
+            sql.SQL(", ").join(sql.Identifier("k", f"k{number}") for number in range(1, width + 1)),
+            sql.Literal(str(table.name)),
+            sql.Literal(self._migration),
+        )
+        return {tuple(key) for (key,) in self._cell.execute(statement, prepare=False)}
+
+    def _used_directly(
+        self,
+        parent: Table,
+        keys: Collection[Key],
+        child: Table,
+        foreign_key: ForeignKey,
+        idle: list[str],
+    ) -> set[Key]:
+        if not keys:
+            return set()
+        counts: sql.Composable = sql.SQL("true")
+        if child.placement is Placement.OWNED:
+            owner = owner_text(child, "c")
+            counts = sql.SQL("({} = ANY({}::text[])) IS NOT TRUE").format(owner, text_array(idle))
+            if not child.has_direct_owner:
+                counts = sql.SQL("({}) IS NOT NULL AND {}").format(owner, counts)
+        statement = sql.SQL(
+            "SELECT {} FROM {} AS p JOIN {} ON {} WHERE EXISTS"
+            " (SELECT 1 FROM {} AS c WHERE {} AND {})"
+        ).format(
+            key_array(parent, "p"),
+            parent.name.identifier,
+            keys_relation(parent, keys),
+            keys_match(parent, "p"),
+            child.name.identifier,
+            tie(foreign_key),
+            counts,
+        )
+        used = {tuple(key) for (key,) in self._cell.execute(statement, prepare=False)}
+        if child.placement is Placement.OWNED and not child.has_direct_owner:
+            used |= self._used_by_nobodys(parent, set(keys) - used, child, foreign_key)
+        return used
+
+    def _used_by_nobodys(
+        self, parent: Table, keys: Collection[Key], child: Table, foreign_key: ForeignKey
+    ) -> set[Key]:
+        """Return those of `keys` that rows use of which it cannot be told here whose they are."""
+        unowned = self._referring(
+            parent,
+            keys,
+            child,
+            foreign_key,
+            sql.SQL("({}) IS NULL LIMIT {}").format(
+                owner_text(child, "c"), sql.Literal(MOST_UNOWNED + 1)
+            ),
+        )
+        if len(unowned) > MOST_UNOWNED:
+            return set(keys)
+        if not unowned:
+            return set()
+        statement = sql.SQL("SELECT {} FROM {} AS t {} WHERE {}").format(
+            key_array(child, "t"),
+            child.name.identifier,
+            keys_join(child, {row for _, row in unowned}),
+            self._scope.owned(child),
+        )
+        ours = {tuple(key) for (key,) in self._elsewhere.execute(statement, prepare=False)}
+        return {key for key, row in unowned if row not in ours}
+
+    def _referring(
+        self,
+        parent: Table,
+        keys: Collection[Key],
+        child: Table,
+        foreign_key: ForeignKey,
+        condition: sql.Composable | None = None,
+    ) -> list[tuple[Key, Key]]:
+        if not keys:
+            return []
+        statement = sql.SQL(
+            "SELECT {}, {} FROM {} AS p JOIN {} ON {} JOIN {} AS c ON {} WHERE {}"
+        ).format(
+            key_array(parent, "p"),
+            key_array(child, "c"),
+            parent.name.identifier,
+            keys_relation(parent, keys),
+            keys_match(parent, "p"),
+            child.name.identifier,
+            tie(foreign_key),
+            sql.SQL("true") if condition is None else condition,
+        )
+        found = self._cell.execute(statement, prepare=False)
+        return [(tuple(key), tuple(user)) for key, user in found]
+
+
+def tie(foreign_key: ForeignKey) -> sql.Composed:
+    """Return the condition that the child `c` refers to the parent `p`."""
+    return sql.SQL(" AND ").join(
+        sql.SQL("{} = {}").format(sql.Identifier("c", ours), sql.Identifier("p", theirs))
+        for ours, theirs in zip(foreign_key.columns, foreign_key.parent_columns, strict=True)
+    )
