@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
+from cellferry import phases
 from cellferry.migration import Context, steps
 from cellferry.model import Organization, State
 from cellferry.orchestration import ahead
 from cellferry.orchestration.params import LONGEST_TTL_IN_RUN_S
+from cellferry.phases import Phase
 from fixtures.cells import TwoCells
 
 AHEAD = ("copy", "sync", "verify")
@@ -50,6 +52,30 @@ def test_what_fails_is_left_to_its_own_task(cells: TwoCells, acme: Organization)
         steps.pause(context, migration, "a test")
     assert before(cells, migration) == ()
     assert cells.migration(migration).state is State.PLANNED
+
+
+def test_what_comes_after_a_step_that_was_done_is_left_to_its_own_task(
+    cells: TwoCells, acme: Organization
+) -> None:
+    """Why the tasks after a skipped one must run: see what `test_structure` says of them."""
+    migration = cells.plan(acme, strategy="online")
+
+    def pause_behind_the_copy(phase: Phase) -> None:
+        if phase is Phase.COPY_DONE:
+            with cells.context() as other:
+                steps.pause(other, migration, "a test")
+
+    phases.listen(pause_behind_the_copy)
+    try:
+        assert before(cells, migration) == ("copy",)
+    finally:
+        phases.listen(None)
+    assert cells.migration(migration).state is State.SYNCING
+    with cells.context() as context:
+        steps.resume(context, migration, "a test")
+        steps.sync(context, migration)
+        steps.verify(context, migration)
+    assert cells.migration(migration).state is State.READY
 
 
 def test_a_failure_ahead_is_no_last_try(cells: TwoCells, acme: Organization) -> None:

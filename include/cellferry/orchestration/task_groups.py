@@ -159,7 +159,7 @@ def copy(*, organization: Mapping[str, Any]) -> dict[str, Any]:
         return brief(steps.copy(ferry, number))
 
 
-@task(multiple_outputs=False, **_step("sync"))
+@task(multiple_outputs=False, **_step("sync", **_AFTER_SKIPPED))
 def sync(*, organization: Mapping[str, Any]) -> dict[str, Any]:
     """Repeat rounds over what changed since, until a round is small."""
     from cellferry.migration import steps
@@ -169,7 +169,10 @@ def sync(*, organization: Mapping[str, Any]) -> dict[str, Any]:
         return brief(steps.sync(ferry, number))
 
 
-@task(multiple_outputs=False, **_step("verify", max_active_tis_per_dag=COPIES_AT_ONCE))
+@task(
+    multiple_outputs=False,
+    **_step("verify", max_active_tis_per_dag=COPIES_AT_ONCE, **_AFTER_SKIPPED),
+)
 def verify(*, organization: Mapping[str, Any]) -> dict[str, Any]:
     """Compare every row and key; a difference halts the migration."""
     from cellferry.migration import steps
