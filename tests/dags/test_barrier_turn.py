@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 from cellferry.orchestration.barrier_turn import barrier_turn
 
+#: As a task does it: what Airflow does on SIGTERM returns.
 ENTER = """
-import pathlib, sys
-from cellferry.orchestration.barrier_turn import barrier_turn
+import pathlib, signal, sys
+from cellferry.orchestration import barrier_turn
+if len(sys.argv) > 2:
+    barrier_turn.LONGEST_WAIT_S = float(sys.argv[2])
+signal.signal(signal.SIGTERM, lambda *_: None)
 print("asks", flush=True)
-with barrier_turn(pathlib.Path(sys.argv[1])):
+with barrier_turn.barrier_turn(pathlib.Path(sys.argv[1])):
     print("entered", flush=True)
     sys.stdin.read()
 """
 
 
-def asking(file: Path) -> subprocess.Popen[bytes]:
+def asking(file: Path, *arguments: str) -> subprocess.Popen[bytes]:
     """Start a process that asks for the turn; return when it has asked."""
     process = subprocess.Popen(
-        [sys.executable, "-c", ENTER, file],
+        [sys.executable, "-c", ENTER, file, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         bufsize=0,
     )
     assert process.stdout is not None
@@ -46,6 +52,35 @@ def test_a_second_barrier_waits_for_the_first_even_if_that_is_killed(tmp_path: P
                 assert not has_entered(waiter, 1), "two barriers at once"
                 holder.kill()
                 assert has_entered(waiter, 60), "a dead process kept its turn"
+            finally:
+                holder.kill()
+                waiter.kill()
+
+
+def test_a_task_that_is_told_to_end_while_it_waits_never_begins(tmp_path: Path) -> None:
+    file = tmp_path / "turn"
+    with asking(file) as holder:
+        assert has_entered(holder, 60)
+        with asking(file) as waiter:
+            try:
+                assert not has_entered(waiter, 1)
+                waiter.send_signal(signal.SIGTERM)
+                _, errors = waiter.communicate(timeout=60)
+                assert waiter.returncode != 0
+                assert b"Cancelled" in errors
+            finally:
+                holder.kill()
+                waiter.kill()
+
+
+def test_a_turn_that_lasts_for_long_keeps_nobody_from_a_roll_back(tmp_path: Path) -> None:
+    file = tmp_path / "turn"
+    with asking(file) as holder:
+        assert has_entered(holder, 60)
+        with asking(file, "0.5") as waiter:
+            try:
+                assert has_entered(waiter, 60)
+                assert holder.poll() is None, "it has its turn still"
             finally:
                 holder.kill()
                 waiter.kill()
