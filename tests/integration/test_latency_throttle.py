@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -236,6 +237,25 @@ def test_a_controller_that_breaks_lets_the_work_go_on(
         raise ZeroDivisionError
 
     monkeypatch.setattr(pacing.StorePacing, "_find_aims", broken)
+    migration = plan(cells, acme)
+
+    with cells.context() as context:
+        steps.copy(context, migration)
+
+    assert cells.migration(migration).state is State.SYNCING
+
+
+def test_a_process_that_may_have_no_more_threads_copies_all_the_same(
+    cells: TwoCells, acme: Organization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith("probe "):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
     migration = plan(cells, acme)
 
     with cells.context() as context:

@@ -137,7 +137,7 @@ class StorePacing:
     def _begin(self, pace: Pace) -> None:
         """Called by the working thread, once; from here on it rests until the first decision."""
         pace.share = HOLD
-        self._threads = [
+        threads = [
             threading.Thread(target=self._control, name=f"pace {self._name}", daemon=True),
             *(
                 threading.Thread(
@@ -147,8 +147,9 @@ class StorePacing:
             ),
         ]
         try:
-            for thread in self._threads:
+            for thread in threads:
                 thread.start()
+                self._threads.append(thread)  # one that was not started cannot be waited for
         except RuntimeError as error:  # the process may have no more threads
             log.warning("%s is not paced: %s", self._name, error)
             self._ending.set()
