@@ -322,7 +322,8 @@ AS $$
     FROM held AS l JOIN pg_stat_activity AS a ON a.pid = l.pid
     WHERE l.locktype = 'virtualxid' AND l.mode = 'ExclusiveLock' AND l.granted
         AND a.datname = current_database() AND a.pid <> pg_backend_pid()
-        AND a.backend_type NOT IN ('autovacuum worker', 'parallel worker')
+        -- unknown to an owner without pg_read_all_stats: then an autovacuum is waited for, too
+        AND COALESCE(a.backend_type, '') NOT IN ('autovacuum worker', 'parallel worker')
         -- these write no rows of an organization through its gate
         AND a.application_name NOT LIKE 'cellferry:%'
         AND NOT (a.application_name = 'pg_dump' AND a.backend_xid IS NULL)
