@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import psycopg
 import pytest
 from psycopg import IsolationLevel, sql
 
 from cellferry.errors import DrainTimeout
-from fixtures.gated import GatedCell
+from cellferry.model import GateState, Side
+from cellferry.stores.postgres import gate, leftovers
+from fixtures.ferry import Registry
+from fixtures.gated import GatedCell, eventually
+
+WRITE = "UPDATE projects SET name = 'x' WHERE id = %s"
 
 
 @contextmanager
@@ -46,3 +53,45 @@ def test_arming_waits_where_an_ordinary_role_prepared(
 
         session.rollback()
         gated.arm(attempt=2)
+
+
+def restore(cell: GatedCell) -> bool:
+    move = cell.move()
+    return leftovers.reconcile(move, Side.SOURCE, GateState.MOVED, Registry())
+
+
+def test_a_gate_that_is_made_again_waits_for_who_may_not_have_heard_of_it(gated: GatedCell) -> None:
+    with gated.connect(autocommit=False) as session, ThreadPoolExecutor(1) as pool:
+        for _ in range(8):  # until plans are cached: making them would let it hear of the gate
+            session.execute(WRITE, (1,), prepare=True)
+            session.commit()
+        assert session.execute(WRITE, (-1,), prepare=True).rowcount == 0
+
+        restored = pool.submit(restore, gated)
+        eventually(lambda: gate.state(gated.mover(), "1") is not None)
+        with pytest.raises(psycopg.Error, match="has moved"):
+            gated.run("UPDATE projects SET name = 'y' WHERE id = 1")
+        assert not restored.done()
+        session.execute(WRITE, (1,), prepare=True)  # does not hear of it
+        session.commit()
+
+        assert restored.result(30)
+    found = gate.state(gated.mover(), "1")
+    assert found is not None
+    assert found.settled
+
+
+def test_a_gate_that_is_made_again_closes_although_somebody_does_not_end(
+    gated: GatedCell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leftovers, "SETTLE_S", 0.3)
+    with gated.connect(autocommit=False) as session:
+        session.execute(WRITE, (-1,))
+        for _ in range(2):  # the next time it waits again
+            with pytest.raises(DrainTimeout, match="the application"):
+                restore(gated)
+        session.rollback()
+
+    assert not restore(gated), "it was closed before"
+    with pytest.raises(psycopg.Error, match="has moved"):
+        gated.run("UPDATE projects SET name = 'x' WHERE id = 1")

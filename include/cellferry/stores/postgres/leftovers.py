@@ -18,6 +18,9 @@ from cellferry.stores.postgres.transactions import snapshot
 
 KIND = "postgres"
 
+#: How long older transactions are waited for when a gate was made anew (seconds).
+SETTLE_S = 10.0
+
 Connection = psycopg.Connection[Any]
 
 # One step of the index for each value, however many rows have it.
@@ -187,6 +190,29 @@ def _restore_moved(connection: Connection, move: Move) -> None:
                 organization=move.organization.slug,
                 where=f"{move.source.name}/{KIND}",
             )
+    _await_who_may_not_have_heard(connection, move)
+
+
+def _await_who_may_not_have_heard(connection: Connection, move: Move) -> None:
+    """Wait for transactions that may pass a gate which was made anew: its mark is new to them.
+
+    Raises:
+        DrainTimeout: some did not end; names them. The gate is closed to everybody else.
+    """
+    found = gate.state(connection, move.organization.id)
+    if found is None or found.settled:
+        return
+    gate.wait_for_older_transactions(
+        connection,
+        deadline_s=SETTLE_S,
+        where=f"{move.source.name}/{KIND}",
+        organization=move.organization.slug,
+    )
+    connection.execute(
+        "UPDATE cellferry.gate SET settled = true WHERE organization = %s AND migration = %s"
+        " AND attempt = %s",
+        (move.organization.id, move.migration, move.attempt),
+    )
 
 
 def _facts(leftover: Leftover) -> dict[str, Any]:
