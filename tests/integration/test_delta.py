@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,9 @@ from cellferry.stores.postgres.applied import Applied
 from cellferry.stores.postgres.rounds import read_log
 from cellferry.stores.postgres.store import PostgresMove
 from cellferry.stores.postgres.transactions import snapshot
-from fixtures.ferry import Ferry
+from fixtures.ferry import Ferry, make_ferry
+from fixtures.ferry_schema import NEIGHBOUR, ROWS, SCHEMA
+from fixtures.postgres import FreshDatabases
 
 
 @dataclass
@@ -141,3 +144,25 @@ def test_children_that_a_gone_parent_leaves_are_left_to_the_general_way(ferry: F
         assert voyage.is_equal()
         notes = ferry.run(Side.DESTINATION, "SELECT FROM notes WHERE issue_id = 1")
         assert notes == []
+
+
+def test_names_with_percent_signs_go_the_quick_way(
+    fresh_databases: Callable[[], FreshDatabases],
+) -> None:
+    schema, rows, neighbour = (
+        re.sub(r"\bcolor\b", '"a%b"', text)
+        .replace('"Key"', '"100%s Key"')
+        .replace("Odd Labels", "Odd % Labels")
+        for text in (SCHEMA, ROWS, NEIGHBOUR)
+    )
+    with sailing(make_ferry(fresh_databases(), schema, rows, neighbour)) as voyage:
+        voyage.session.execute("INSERT INTO \"Odd % Labels\" VALUES (1, 'new', 'brown')")
+
+        applied = voyage.quickly()
+
+        assert applied is not None
+        found = voyage.ferry.run(
+            Side.DESTINATION, """SELECT "100%s Key" FROM "Odd % Labels" WHERE "a%b" = 'brown'"""
+        )
+        assert found == [("new",)]
+        assert voyage.move.verify().ok

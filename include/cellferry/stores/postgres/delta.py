@@ -26,7 +26,7 @@ from cellferry.stores.postgres.children import children_of
 from cellferry.stores.postgres.deferrable import violations
 from cellferry.stores.postgres.ownership import owner_text
 from cellferry.stores.postgres.references import Needs, ReferencedRows, crossing, outward
-from cellferry.stores.postgres.rendering import rendered
+from cellferry.stores.postgres.rendering import PARAMETER, rendered, with_parameters
 from cellferry.stores.postgres.row_keys import key_array
 from cellferry.stores.postgres.schema import Column, ForeignKey, Placement, Table
 from cellferry.stores.postgres.scope import Key, Scope, keys_join, keys_match, keys_relation
@@ -316,7 +316,7 @@ def _insert(table: Table) -> sql.Composed:
             sql.SQL("{}::{}").format(alias, sql.SQL(column.type))
             for alias, column in zip(aliases, columns, strict=True)
         ),
-        sql.SQL(", ").join(sql.SQL("%s::text[]") for _ in columns),
+        sql.SQL(", ").join(sql.SQL("{}::text[]").format(PARAMETER) for _ in columns),
         sql.SQL(", ").join(sql.Identifier(f"c{number}") for number in range(len(columns))),
     )
-    return rendered(statement)
+    return with_parameters(statement)

@@ -19,10 +19,11 @@ from typing import Any, Self
 import psycopg
 from psycopg import sql
 from psycopg.abc import Buffer
-from psycopg.adapt import Dumper, PyFormat
+from psycopg.adapt import Dumper
 from psycopg.pq import Format
 
 from cellferry.stores.pace import FULL_SPEED, Pace
+from cellferry.stores.postgres.rendering import PARAMETER, with_parameters
 from cellferry.stores.postgres.row_keys import key_array
 from cellferry.stores.postgres.schema import Table
 from cellferry.stores.postgres.scope import Key, column_list, parse_key
@@ -120,7 +121,7 @@ class Wire:
             key_array(self.table, "t"),
             sql.SQL(", ").join(
                 sql.SQL("{}::{} AS {}").format(
-                    sql.Placeholder(format=PyFormat.BINARY),
+                    PARAMETER,
                     sql.SQL(column.type),
                     sql.Identifier(column.name),
                 )
@@ -129,7 +130,9 @@ class Wire:
         )
         with connection.cursor() as cursor:
             cursor.adapters.register_dumper(_Received, _ReceivedDumper)
-            found = cursor.execute(statement, self._key_in(row), prepare=True).fetchone()
+            found = cursor.execute(
+                with_parameters(statement, "%b"), self._key_in(row), prepare=True
+            ).fetchone()
         if found is None:
             raise RuntimeError("SELECT without FROM gave no row")
         return tuple(found[0])
