@@ -24,7 +24,7 @@ from cellferry.phases import Phase
 from cellferry.stores.pace import Pace
 from cellferry.stores.postgres import copier
 from cellferry.stores.postgres import store as postgres_store
-from cellferry.stores.postgres.probe import PostgresProbe
+from cellferry.stores.postgres.probe import SLOTS, PostgresProbe
 from cellferry.stores.redis.probe import RedisProbe
 from cellferry.stores.redis.wire import Address
 from cellferry.topology import pace as pace_board
@@ -499,6 +499,19 @@ def test_a_postgres_probe_writes_reads_and_says_how_the_server_does(ferry: Ferry
     assert load.log_bytes > 0
     assert load.active is not None
     assert load.lag_s is None, "there is no standby"
+
+
+def test_a_postgres_probe_does_not_gather_versions_in_one_row(ferry: Ferry) -> None:
+    """While a snapshot lasts they stay, and each probe would pass all those before it."""
+    probe = PostgresProbe(ferry.destination, ferry.move())
+    try:
+        for _ in range(SLOTS):
+            probe.read()
+    finally:
+        probe.close()
+
+    moments = "SELECT count(DISTINCT probed_at) FROM cellferry.probe"
+    assert ferry.run(Side.DESTINATION, moments) == [(SLOTS,)]
 
 
 def test_a_postgres_probe_connects_again_after_its_session_was_ended(ferry: Ferry) -> None:

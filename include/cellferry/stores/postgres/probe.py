@@ -11,7 +11,9 @@ from cellferry.model import Cell, Move
 from cellferry.stores.pace import Load, Probe, Reading
 from cellferry.stores.postgres import sessions
 
-#: Rows of `cellferry.probe`: movers that meet on one wait for a commit of each other at most.
+#: Rows of `cellferry.probe`: movers that meet on one wait for a commit of each other at most. Each
+#: mover takes them in turn: while a snapshot lasts, a dump's for hours, no version of a row goes,
+#: and an update passes all that its row has. With one row that would soon be over the target.
 SLOTS = 64
 
 #: A probe that takes longer (milliseconds) is given up, and counts as having taken so long.
@@ -24,7 +26,7 @@ class PostgresProbe(Probe):
     The connection is made at the first reading, and again after one that failed.
 
     Args:
-        move: names the session; its migration chooses the row.
+        move: names the session; its migration chooses the first row.
     """
 
     def __init__(self, cell: Cell, move: Move) -> None:
@@ -32,10 +34,11 @@ class PostgresProbe(Probe):
         self._move = move
         self._where = f"{cell.name}/postgres"
         self._connection: psycopg.Connection[tuple[object, ...]] | None = None
+        self._slot = move.migration % SLOTS
 
     def read(self) -> Reading:
         """See `Probe.read`."""
-        slot = self._move.migration % SLOTS
+        slot = self._slot = (self._slot + 1) % SLOTS
         with sessions.translate_errors(self._where):
             connection = self._connected()
             began = time.monotonic()
