@@ -93,6 +93,7 @@ def take_lease(connection: Connection, move: Move) -> None:
     """
     deadline = time.monotonic() + TAKEOVER_DEADLINE_S
     while True:
+        is_late = time.monotonic() > deadline  # what is found after a standstill counts, not before
         ended = _end_older_sessions(connection, move)
         try:
             with connection.transaction():
@@ -106,7 +107,7 @@ def take_lease(connection: Connection, move: Move) -> None:
                     _facts(move),
                 )
         except psycopg.errors.LockNotAvailable as error:
-            if time.monotonic() > deadline:
+            if is_late:
                 raise TransientError(
                     f"an older attempt at migration {move.migration} is still writing"
                     f" (sessions {', '.join(map(str, ended)) or 'of another role'})",
@@ -116,7 +117,7 @@ def take_lease(connection: Connection, move: Move) -> None:
         else:
             if not ended:
                 return
-        if time.monotonic() > deadline:
+        if is_late:
             raise TransientError(
                 f"sessions {', '.join(map(str, ended))} of an older attempt do not end",
                 hint="end them on the server, then retry",
@@ -725,14 +726,16 @@ class Barrier:
         attempt_s = self._move.limits.drain_attempt_s
         while True:
             left = deadline - time.monotonic()
-            if left <= 0:
-                raise self._drain_timeout(session, key)
             sessions.set_for_session(
                 session, "lock_timeout", f"{max(1, round(1000 * min(attempt_s, left)))}ms"
             )
             try:
                 session.execute("SELECT pg_advisory_lock(%s)", (key,))
             except psycopg.errors.LockNotAvailable:
+                # Only an attempt that began too late is the last one: this process may have stood
+                # still meanwhile, or have taken all the time to connect.
+                if left <= 0:
+                    raise self._drain_timeout(session, key) from None
                 # Writers that queued go on now; not in step with anything, so that no two
                 # cutovers and no writer's rhythm keep meeting.
                 time.sleep(max(0.0, min(random.uniform(0.5, 1.5) * attempt_s, left)))  # noqa: S311
