@@ -33,7 +33,7 @@ def cut_over(ferry: Ferry, attempt: int = 1) -> None:
         move.copy()
         assert move.verify().ok
         move.catch_up()
-        move.freeze(5.0)
+        move.freeze(60.0)
         move.finish()
         move.hand_over()
         move.release()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import statistics
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psycopg
@@ -16,7 +17,14 @@ import pytest
 from cellferry.errors import AuthorityViolation, DrainTimeout, LeaseLost, WrongState
 from cellferry.model import GateState, Move
 from cellferry.stores.postgres import gate
-from fixtures.gated import GATED_SCHEMA, ODD, GatedCell, eventually, make_gated_cell
+from fixtures.gated import (
+    GATED_SCHEMA,
+    ODD,
+    GatedCell,
+    eventually,
+    make_gated_cell,
+    wait_long_at_the_gate,
+)
 from fixtures.postgres import MakeServer, postgres_versions
 
 MOVED, BEING_MOVED, OTHER_OWNER, NO_TRUNCATE = "CF001", "CF002", "CF003", "CF004"
@@ -193,6 +201,7 @@ def test_a_writer_that_waits_through_a_freeze_learns_the_new_cell(
     gated_on_each_version: GatedCell, level: str, answers: list[str]
 ) -> None:
     cell = gated_on_each_version
+    wait_long_at_the_gate(cell.url)
     move = cell.arm()
     errors: list[psycopg.Error] = []
 
@@ -211,7 +220,7 @@ def test_a_writer_that_waits_through_a_freeze_learns_the_new_cell(
         thread.start()
         eventually(lambda: waiting(cell) == 1)
         gate.hand_over_source(cell.mover(), move)
-    thread.join(10)
+    thread.join()
 
     assert [error.sqlstate for error in errors] == answers
     assert json.loads(errors[-1].diag.message_detail or "") == {
@@ -233,24 +242,26 @@ def waiting(cell: GatedCell) -> int:
 
 
 def test_a_writer_does_not_wait_for_ever(armed: GatedCell) -> None:
-    with armed.frozen(armed.move()):
-        started = time.monotonic()
-
+    """It is answered while the gate is still held: nothing but its own patience ends its wait."""
+    with armed.frozen(armed.move()) as barrier:
         error = refusal(armed, "UPDATE projects SET name = 'x' WHERE id = 1")
+        assert barrier.lock_held
 
     assert error.sqlstate == BEING_MOVED
-    assert time.monotonic() - started < 5
 
 
 def test_a_frozen_gate_whose_controller_died_refuses_at_once(armed: GatedCell) -> None:
     with armed.frozen(armed.move()):
         pass
-    started = time.monotonic()
+    took = []
+    for _ in range(5):  # the quickest: a machine that stands still makes none of them quicker
+        started = time.monotonic()
 
-    error = refusal(armed, "INSERT INTO notes VALUES (1, 11)")
+        error = refusal(armed, "INSERT INTO notes VALUES (1, 11)")
 
-    assert error.sqlstate == BEING_MOVED
-    assert time.monotonic() - started < 1
+        took.append(time.monotonic() - started)
+        assert error.sqlstate == BEING_MOVED
+    assert min(took) < 1, "it waited for a lock that nobody holds"
 
 
 def test_a_thawed_gate_serves_and_logs_again(armed: GatedCell) -> None:
@@ -290,7 +301,7 @@ def test_frozen_survives_a_crash_of_the_server(own_postgres: MakeServer) -> None
     cell = make_gated_cell(server.url(), server.url("cellferry_mover", "mover"))
     move = cell.arm()
     barrier = gate.Barrier(cell.cell.stores["postgres"].url, move)
-    barrier.freeze(5.0)
+    barrier.freeze(60.0)
 
     server.kill()
     server.start()
@@ -306,7 +317,7 @@ def test_every_change_of_the_gate_may_be_repeated(gated: GatedCell) -> None:
     mover = gated.mover()
     gate.arm(mover, move)
     with gated.frozen(move) as barrier:
-        barrier.freeze(1.0)
+        barrier.freeze(60.0)
         gate.hand_over_source(mover, move)
         gate.hand_over_source(mover, move)
     found = gate.state(mover, "1")
@@ -352,27 +363,37 @@ def test_a_cell_without_authority_is_not_a_source(armed: GatedCell) -> None:
 
 
 def test_a_transaction_that_does_not_end_makes_the_cutover_give_up(armed: GatedCell) -> None:
-    longest = [0.0]
+    writes = [0]
     stop = threading.Event()
+    writer, watching = armed.connect(), armed.admin()
 
     def neighbour() -> None:
-        with armed.connect() as writer:
-            while not stop.is_set():
-                started = time.monotonic()
-                writer.execute("UPDATE projects SET name = name || 'x' WHERE id = 2")
-                writer.execute("UPDATE issues SET title = 'x' WHERE id = 21")
-                longest[0] = max(longest[0], time.monotonic() - started)
+        while not stop.is_set():
+            writer.execute("UPDATE projects SET name = name || 'x' WHERE id = 2")
+            writer.execute("UPDATE issues SET title = 'x' WHERE id = 21")
+            writes[0] += 1
 
-    thread = threading.Thread(target=neighbour)
-    thread.start()
     holder = armed.connect(autocommit=False)
     holder.execute("UPDATE projects SET name = 'held' WHERE id = 1")
     barrier = gate.Barrier(armed.cell.stores["postgres"].url, armed.move())
-    with pytest.raises(DrainTimeout, match=f"pid {holder.info.backend_pid} \\(the application"):
-        barrier.freeze(1.5)
+    waits = []
+    with ThreadPoolExecutor(2) as pool:
+        freezing = pool.submit(barrier.freeze, 1.5)
+        writing = pool.submit(neighbour)
+        while not (freezing.done() and writes[0] >= 10):
+            waits += watching.execute(
+                "SELECT locktype FROM pg_locks WHERE pid = %s AND NOT granted",
+                (writer.info.backend_pid,),
+            ).fetchall()
+            if waits or writing.done():
+                holder.rollback()  # so that everything ends
+                break
+        stop.set()
+        writing.result()
+        assert waits == [], "another organization waited for the drain"
+        with pytest.raises(DrainTimeout, match=f"pid {holder.info.backend_pid} \\(the application"):
+            freezing.result()
     barrier.release()
-    stop.set()
-    thread.join()
 
     found = gate.state(armed.mover(), "1")
     assert found is not None
@@ -380,34 +401,45 @@ def test_a_transaction_that_does_not_end_makes_the_cutover_give_up(armed: GatedC
     armed.run("UPDATE issues SET title = 'served' WHERE id = 11")
     holder.execute("UPDATE issues SET title = 'served, too' WHERE id = 12")
     holder.commit()
-    assert longest[0] < 0.5, "another organization waited for the drain"
 
 
-def test_writers_that_come_during_a_drain_go_on_when_it_gives_up(armed: GatedCell) -> None:
+def test_writers_that_come_during_a_drain_go_on_when_it_gives_up(
+    armed: GatedCell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They wait for one attempt, not for all: each is served while the drain goes on and on."""
+    wait_long_at_the_gate(armed.url)
+    clock = [0.0]  # for as long as it stands still, the drain goes on
+    monkeypatch.setattr(gate, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=time.sleep))
     holder = armed.connect(autocommit=False)
     holder.execute("UPDATE projects SET name = 'held' WHERE id = 1")
-    waits: list[float] = []
-    stop = threading.Event()
-
-    def write() -> None:
-        with armed.connect() as writer:
-            while not stop.is_set():
-                started = time.monotonic()
-                writer.execute("UPDATE issues SET title = 'x' WHERE id = 11")
-                waits.append(time.monotonic() - started)
-
-    thread = threading.Thread(target=write)
-    thread.start()
+    writer, watching = armed.connect(), armed.admin()
+    writer.execute("SET statement_timeout = '60s'")
     barrier = gate.Barrier(armed.cell.stores["postgres"].url, armed.move())
-    with pytest.raises(DrainTimeout):
-        barrier.freeze(2.0)
+    waited = set()
+    with ThreadPoolExecutor(2) as pool:
+        freezing = pool.submit(barrier.freeze, 1_000.0)
+        try:
+            while len(waited) < 5:
+                writing = pool.submit(writer.execute, "UPDATE issues SET title = 'x' WHERE id = 11")
+                while not writing.done():
+                    waited |= set(
+                        watching.execute(
+                            "SELECT waitstart FROM pg_locks WHERE pid = %s AND NOT granted"
+                            " AND locktype = 'advisory' AND waitstart IS NOT NULL",
+                            (writer.info.backend_pid,),
+                        ).fetchall()
+                    )
+                writing.result()
+                assert not freezing.done()
+        except BaseException:
+            holder.rollback()  # or it would never end
+            raise
+        finally:
+            clock[0] = 2_000.0
+        with pytest.raises(DrainTimeout):
+            freezing.result()
     barrier.release()
-    stop.set()
-    thread.join()
     holder.commit()
-
-    assert len(waits) > 10
-    assert max(waits) < 1.2, "they waited for one attempt, not for all"
 
 
 # ── arming ──────────────────────────────────────────────────────────────────────────────────────
@@ -417,7 +449,7 @@ def test_arming_does_not_wait_for_a_transaction_that_will_see_the_gate(gated: Ga
     idle = gated.connect(autocommit=False)
     idle.execute("SELECT count(*) FROM projects")  # no snapshot is kept in READ COMMITTED
 
-    gated.arm(arm_deadline_s=1.0)
+    gated.arm(arm_deadline_s=60)
     idle.execute("UPDATE projects SET name = 'x' WHERE id = 1")
     idle.commit()
 
@@ -432,7 +464,7 @@ def test_arming_waits_for_a_snapshot_that_does_not_show_the_gate(gated: GatedCel
     with pytest.raises(DrainTimeout):
         gated.arm(arm_deadline_s=0.5)
     older.rollback()
-    gated.arm(arm_deadline_s=5.0)
+    gated.arm(arm_deadline_s=60)
 
 
 def test_a_stopped_step_does_not_go_on_waiting(gated: GatedCell) -> None:
@@ -502,7 +534,7 @@ def test_an_older_attempt_cannot_change_gate_or_lease(armed: GatedCell) -> None:
         gate.hold_lease(mover, old)
     barrier = gate.Barrier(armed.cell.stores["postgres"].url, old)
     with pytest.raises(LeaseLost):
-        barrier.freeze(1.0)
+        barrier.freeze(60.0)
 
 
 def test_another_migrations_sessions_are_left_alone(gated: GatedCell) -> None:
@@ -520,7 +552,7 @@ def test_very_many_gates_do_not_slow_other_organizations(gated: GatedCell) -> No
     writer = gated.connect()
     cpu = Path(f"/proc/{writer.info.backend_pid}/schedstat")
 
-    def cost() -> float:
+    def cost() -> int:
         blocks = []
         for _ in range(7):
             before = int(cpu.read_text().split()[0])
@@ -529,7 +561,7 @@ def test_very_many_gates_do_not_slow_other_organizations(gated: GatedCell) -> No
                     "UPDATE projects SET name = %s WHERE id = 2", (str(number),), prepare=True
                 )
             blocks.append(int(cpu.read_text().split()[0]) - before)
-        return statistics.median(blocks)
+        return min(blocks)  # the rest is what others on the machine cost it
 
     gated.arm()
     cost()

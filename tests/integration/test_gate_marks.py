@@ -92,7 +92,7 @@ def test_one_that_only_reads_is_not_waited_for_and_logs_what_it_writes(gated: Ga
     with gated.connect(autocommit=False) as session:
         session.execute("SELECT * FROM projects")
 
-        gated.arm(arm_deadline_s=5)
+        gated.arm(arm_deadline_s=60)
 
         session.execute(WRITE.encode())
         session.commit()

@@ -22,7 +22,7 @@ def test_a_writer_with_an_older_snapshot_does_not_pass_a_gate_that_froze_since(
         move.open_capture()
         writer.execute(f"BEGIN ISOLATION LEVEL {level}".encode())
         writer.execute("SELECT count(*) FROM projects")
-        move.freeze(5.0)
+        move.freeze(60.0)
         move.release()
 
         with pytest.raises(psycopg.errors.SerializationFailure):
@@ -37,7 +37,7 @@ def test_a_caller_with_an_older_snapshot_is_not_told_that_it_has_authority(
         move.open_capture()
         reader.execute(f"BEGIN ISOLATION LEVEL {level}".encode())
         reader.execute("SELECT count(*) FROM projects")
-        move.freeze(5.0)
+        move.freeze(60.0)
         move.release()
 
         with pytest.raises(psycopg.errors.SerializationFailure):
@@ -53,7 +53,7 @@ def test_a_writer_with_an_older_snapshot_does_not_pass_when_an_attempt_came_betw
         writer.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
         writer.execute("SELECT count(*) FROM projects")
         with ferry.opened(ferry.move(attempt=2)) as move:
-            move.freeze(5.0)
+            move.freeze(60.0)
             move.release()
 
             with pytest.raises(psycopg.errors.SerializationFailure):

@@ -130,7 +130,7 @@ def cut_over(ferry: Ferry, attempt: int = 2) -> float:
         for _ in range(5):
             move.sync()
         started = time.monotonic()
-        move.freeze(5.0)
+        move.freeze(60.0)
         move.finish()
         move.hand_over()
         move.release()
@@ -198,7 +198,7 @@ def test_freeze_first_moves_everything_under_the_gate(ferry: Ferry) -> None:
     with Traffic(ferry, writers=2) as traffic:
         with ferry.opened(frozen) as move:
             move.open_capture()
-            move.freeze(5.0)
+            move.freeze(60.0)
             finished = move.finish()
             move.hand_over()
             move.release()
@@ -218,12 +218,12 @@ def work_on(ferry: Ferry) -> None:
 def give_up_and_freeze_again(ferry: Ferry, move: StoreMove) -> Finished:
     """Copy under the gate, thaw, go on working, and finish under a second gate."""
     move.open_capture()
-    move.freeze(5.0)
+    move.freeze(60.0)
     move.finish()
     move.thaw()
     move.release()
     work_on(ferry)
-    move.freeze(5.0)
+    move.freeze(60.0)
     return move.finish()
 
 
@@ -267,7 +267,7 @@ def test_a_cutover_that_gives_up_leaves_the_source_serving(ferry: Ferry) -> None
         move.thaw()
         move.release()
         ferry.run(Side.SOURCE, "UPDATE issues SET title = 'serves' WHERE id = 3")
-        move.freeze(5.0)
+        move.freeze(60.0)
         move.finish()
         move.hand_over()
         move.release()
@@ -281,7 +281,7 @@ def test_a_thaw_after_the_last_delta_loses_nothing_later(ferry: Ferry) -> None:
         move.open_capture()
         move.copy()
         move.catch_up()
-        move.freeze(5.0)
+        move.freeze(60.0)
         move.finish()
         move.thaw()
         move.release()
@@ -317,7 +317,7 @@ def test_every_verb_up_to_the_flip_may_be_repeated(ferry: Ferry) -> None:
                 assert move.verify().ok
     with ferry.opened(ferry.move(attempt=3)) as move:
         move.catch_up()
-        move.freeze(5.0)
+        move.freeze(60.0)
         move.finish()
         move.finish()
         for _ in range(2):

@@ -42,7 +42,7 @@ def pair(valkey_pair: ValkeyPair) -> ValkeyPair:
 
 def cut_over(redis_move: RedisMove) -> None:
     redis_move.catch_up()
-    redis_move.freeze(5.0)
+    redis_move.freeze(60.0)
     redis_move.finish()
     redis_move.hand_over()
     redis_move.release()
@@ -86,7 +86,7 @@ def test_group_changes_that_no_feed_reports_arrive(pair: ValkeyPair) -> None:
             redis_move.copy()
             redis_move.catch_up()
             client.xreadgroup("workers", "late", {"org:{4}:events:1": ">"}, count=3)
-            redis_move.freeze(5.0)
+            redis_move.freeze(60.0)
             redis_move.finish()
     with admin(pair.destination) as client:
         assert client.xpending("org:{4}:events:1", "workers")["pending"] == 3
@@ -135,7 +135,7 @@ def test_keys_deleted_during_the_copy_do_not_come_back(pair: ValkeyPair) -> None
             client.delete("org:{4}:blob:1", "org:{4}:wide")
             redis_move.catch_up()
             client.rename("org:{4}:blob:2", "org:{4}:renamed")
-            redis_move.freeze(5.0)
+            redis_move.freeze(60.0)
             redis_move.finish()
     assert contents(pair.destination, KEYS) == contents(pair.source, KEYS)
 
@@ -214,7 +214,7 @@ def test_freeze_first_copies_and_verifies_under_the_gate(pair: ValkeyPair) -> No
         fill(client, keys=50)
     with attempt(pair, strategy=Strategy.FREEZE_FIRST) as redis_move:
         redis_move.open_capture()
-        redis_move.freeze(5.0)
+        redis_move.freeze(60.0)
         finished = redis_move.finish()
         redis_move.hand_over()
     assert finished.compared == len(contents(pair.source, KEYS))
@@ -276,7 +276,7 @@ def test_a_feed_lost_just_before_the_freeze_loses_nothing(pair: ValkeyPair) -> N
             redis_move.catch_up()
             kill_feed(pair)
             client.set("org:{4}:unseen", 1)
-            redis_move.freeze(5.0)
+            redis_move.freeze(60.0)
             finished = redis_move.finish()
     assert "feed_lost" in finished.evidence
     assert contents(pair.destination, KEYS) == contents(pair.source, KEYS)
@@ -291,7 +291,7 @@ def test_a_lost_feed_gives_the_cutover_up_when_comparing_is_too_slow(pair: Valke
         redis_move.catch_up()
         redis_move._pass_s = 60.0
         kill_feed(pair)
-        redis_move.freeze(5.0)
+        redis_move.freeze(60.0)
         with pytest.raises(TransientError, match="pause budget"):
             redis_move.finish()
         redis_move.thaw()
@@ -330,7 +330,7 @@ def test_a_frozen_organization_reads_and_does_not_write(pair: ValkeyPair) -> Non
         queued = writer.pipeline(transaction=True)
         writer.set("org:{4}:k", "before")
         redis_move.open_capture()
-        redis_move.freeze(5.0)
+        redis_move.freeze(60.0)
         assert writer.get("org:{4}:k") == b"before"
         for command in (
             ("SET", "org:{4}:k", "after"),
@@ -359,7 +359,7 @@ def test_a_client_that_waits_in_a_blocking_command_takes_nothing(pair: ValkeyPai
         waiter = threading.Thread(target=wait)
         waiter.start()
         time.sleep(0.3)
-        redis_move.freeze(5.0)
+        redis_move.freeze(60.0)
         waiter.join(2)
         assert isinstance(outcome[0], redis.exceptions.ConnectionError)
 
@@ -367,7 +367,7 @@ def test_a_client_that_waits_in_a_blocking_command_takes_nothing(pair: ValkeyPai
 def test_another_organization_writes_on_while_one_is_frozen(pair: ValkeyPair) -> None:
     with attempt(pair) as redis_move, application(pair.source, "42") as other:
         redis_move.open_capture()
-        redis_move.freeze(5.0)
+        redis_move.freeze(60.0)
         other.set("org:{42}:k", 1)
 
 
@@ -397,7 +397,7 @@ def test_thaw_restores_exactly_the_users_rules(pair: ValkeyPair) -> None:
         before = client.acl_list()
         with attempt(pair) as redis_move:
             redis_move.open_capture()
-            redis_move.freeze(5.0)
+            redis_move.freeze(60.0)
             assert client.acl_list() != before
             redis_move.thaw()
             after = [rule for rule in client.acl_list() if "cellferry-7" not in rule]
@@ -407,7 +407,7 @@ def test_thaw_restores_exactly_the_users_rules(pair: ValkeyPair) -> None:
 def test_a_password_changed_during_the_freeze_stays_changed(pair: ValkeyPair) -> None:
     with admin(pair.source) as client, attempt(pair) as redis_move:
         redis_move.open_capture()
-        redis_move.freeze(5.0)
+        redis_move.freeze(60.0)
         client.execute_command("ACL", "SETUSER", "org-4", "resetpass", ">new")
         redis_move.thaw()
     with redis.Redis.from_url(pair.source.url("org-4", "new")) as client:
@@ -419,7 +419,7 @@ def test_keys_given_back_by_somebody_during_the_freeze_stop_the_cutover(pair: Va
         redis_move.open_capture()
         redis_move.copy()
         redis_move.catch_up()
-        redis_move.freeze(5.0)
+        redis_move.freeze(60.0)
         provision(pair.source)
         with pytest.raises(AuthorityViolation):
             redis_move.finish()
@@ -434,7 +434,7 @@ def test_a_gate_survives_a_killed_server(own_valkey: MakeValkey) -> None:
         redis_move.copy()
         redis_move.catch_up()
         time.sleep(1.2)  # appendfsync everysec
-        redis_move.freeze(5.0)
+        redis_move.freeze(60.0)
         redis_move.finish()
         servers.source.kill()
         servers.source.start()
@@ -578,7 +578,7 @@ def test_cleanup_of_a_source_that_still_serves_is_refused(pair: ValkeyPair) -> N
     with attempt(pair, 1) as redis_move:
         redis_move.open_capture()
         redis_move.copy()
-        redis_move.freeze(5.0)
+        redis_move.freeze(60.0)
         with pytest.raises(WrongState):
             redis_move.cleanup(Side.SOURCE)
     assert contents(pair.source, KEYS) == before
@@ -610,7 +610,7 @@ def test_an_abort_leaves_no_trace_and_the_source_serves(pair: ValkeyPair) -> Non
         redis_move.open_capture()
         redis_move.copy()
         redis_move.catch_up()
-        redis_move.freeze(5.0)
+        redis_move.freeze(60.0)
     for number in (2, 3):  # repeating an abort is harmless
         with attempt(pair, number, record) as redis_move:
             redis_move.thaw()

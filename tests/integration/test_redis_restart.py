@@ -71,7 +71,7 @@ def test_a_restarted_server_delays_the_move_and_loses_nothing(
             move.sync()
         if moment == "frozen":
             move.catch_up()
-            move.freeze(5)
+            move.freeze(60.0)
         with application(pair.source) as client:
             if moment != "frozen":
                 client.set("org:{4}:late", "acknowledged")
@@ -87,7 +87,7 @@ def test_a_restarted_server_delays_the_move_and_loses_nothing(
         move.thaw()
         move.sync()
         move.catch_up()
-        move.freeze(5)
+        move.freeze(60.0)
         move.finish()
         close(pair)
         move.hand_over()
@@ -100,7 +100,7 @@ def test_a_freeze_survives_a_restart_from_finish_on(pair: ValkeyPair) -> None:
         move.open_capture()
         move.copy()
         move.catch_up()
-        move.freeze(5)
+        move.freeze(60.0)
         move.finish()
     restart(pair.source)
     with application(pair.source) as client, pytest.raises(redis.ResponseError):
@@ -152,7 +152,7 @@ def test_a_cut_tracking_connection_under_the_gate_does_not_lose_the_last_keys(
                     client.client_kill_filter(_id=found["id"])
         with application(pair.source) as client:
             client.set("org:{4}:unseen", "acknowledged")
-        move.freeze(5)
+        move.freeze(60.0)
         move.finish()
         close(pair)
 
@@ -189,7 +189,7 @@ def test_a_thaw_opens_a_source_whose_frozen_marker_was_lost(valkey_pair: ValkeyP
             before = client.get("cellferry:gate:{4}")
         move.copy()
         move.catch_up()
-        move.freeze(5)
+        move.freeze(60.0)
     with admin(pair.source) as client:
         client.set("cellferry:gate:{4}", before)
     with application(pair.source) as client, pytest.raises(redis.ResponseError):
@@ -210,7 +210,7 @@ def test_a_hand_over_ends_a_move_whose_frozen_marker_was_lost(valkey_pair: Valke
             before = client.get("cellferry:gate:{4}")
         move.copy()
         move.catch_up()
-        move.freeze(5)
+        move.freeze(60.0)
         move.finish()
     with admin(pair.source) as client:
         client.set("cellferry:gate:{4}", before)
@@ -238,7 +238,7 @@ def test_a_source_that_lost_its_marker_and_its_rules_is_not_declared_moved(
             before = client.get("cellferry:gate:{4}")
         move.copy()
         move.catch_up()
-        move.freeze(5)
+        move.freeze(60.0)
         move.finish()
     with admin(pair.source) as client:
         client.set("cellferry:gate:{4}", before)
@@ -269,7 +269,7 @@ def to_finish(move: RedisMove) -> Finished:
     move.open_capture()
     move.copy()
     move.catch_up()
-    move.freeze(5)
+    move.freeze(60.0)
     return move.finish()
 
 

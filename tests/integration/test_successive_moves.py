@@ -23,7 +23,7 @@ def moved(ferry: Ferry) -> Ferry:
         move.open_capture()
         move.copy()
         move.catch_up()
-        move.freeze(5.0)
+        move.freeze(60.0)
         move.finish()
         move.hand_over()
         move.release()
