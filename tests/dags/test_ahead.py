@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
+import psycopg
 import pytest
+from psycopg import sql
 
 from cellferry import phases
 from cellferry.migration import Context, steps
@@ -36,6 +41,27 @@ def after(cells: TwoCells, migration: int, ttl_s: float) -> tuple[str, ...]:
     with cells.context() as context:
         steps.cutover(context, migration)
         return ahead.after_barrier(context, migration, ttl_s=ttl_s)
+
+
+@contextmanager
+def unreachable_topology(cells: TwoCells) -> Iterator[None]:
+    name = sql.Identifier(urlsplit(cells.connections["cellferry-topology"]).path.strip("/"))
+    with psycopg.connect(cells.databases.source_server.url(), autocommit=True) as server:
+
+        def allow(connections: bool) -> None:
+            server.execute(
+                sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS {}").format(name, connections)
+            )
+
+        allow(False)
+        server.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s",
+            (name.as_string().strip('"'),),
+        )
+        try:
+            yield
+        finally:
+            allow(True)
 
 
 def test_a_small_organization_is_ready_for_its_cutover_after_one_task(
@@ -117,6 +143,19 @@ def test_a_short_ttl_is_waited_for_by_its_own_task(cells: TwoCells, acme: Organi
     before(cells, migration)
     assert after(cells, migration, 50.0) == ("soak",)
     assert cells.migration(migration).state is State.RETAINED
+
+
+def test_a_topology_that_dies_behind_the_cutover_does_not_fail_it(
+    cells: TwoCells, acme: Organization
+) -> None:
+    migration = cells.plan(acme, ttl_s=0.0, soak_s=0.0)
+    before(cells, migration)
+    with cells.context() as context:
+        steps.cutover(context, migration)
+        with unreachable_topology(cells):
+            assert ahead.after_barrier(context, migration, ttl_s=0.0) == ()
+    assert cells.migration(migration).state is State.SOAKING
+    assert after(cells, migration, 0.0) == ("soak", "wait_for_ttl", "cleanup")
 
 
 def test_a_long_soak_has_a_task_of_its_own(cells: TwoCells, acme: Organization) -> None:

@@ -53,6 +53,14 @@ def after_barrier(ferry: Context, migration: int, *, ttl_s: float) -> tuple[str,
     Args:
         ttl_s: of the run; a clean-up run is started for one that is too long to wait for.
     """
+    try:
+        return _after_barrier(ferry, migration, ttl_s)
+    except Exception as error:  # noqa: BLE001 - what was done before is done, and no failure
+        log.warning("left to their own tasks: %s", error)
+        return ()
+
+
+def _after_barrier(ferry: Context, migration: int, ttl_s: float) -> tuple[str, ...]:
     found = ferry.topology.migration(migration)
     soaked: tuple[str, ...] = ()
     if not found.facts.get("soaked"):
