@@ -17,7 +17,7 @@ import psycopg
 import pytest
 
 from cellferry import phases
-from cellferry.errors import PermanentError, TransientError
+from cellferry.errors import NotPrepared, PermanentError, TransientError
 from cellferry.migration import MoveOptions, steps
 from cellferry.migration.plan import Plan
 from cellferry.model import Organization, Side
@@ -481,3 +481,34 @@ def test_a_row_that_stays_locked_is_named(stale: Ferry, monkeypatch: pytest.Monk
 
     copy(stale, attempt=2)
     assert logins(stale)[2] == "login 2"
+
+
+@pytest.mark.parametrize("ending", ["sync", "abort"])
+def test_a_cell_that_an_older_version_prepared_is_named(ferry: Ferry, ending: str) -> None:
+    with ferry.opened() as move:
+        move.open_capture()
+        move.copy()
+    ferry.run(
+        Side.DESTINATION,
+        "ALTER TABLE cellferry.imported_row DROP was_here;"
+        "UPDATE cellferry.installed SET definition = 'older' WHERE what = 'schema'",
+    )
+    ferry.run(
+        Side.SOURCE,
+        "INSERT INTO users VALUES (78, 'x'); INSERT INTO memberships VALUES (1, 78, '')",
+    )
+
+    def end(attempt: int) -> None:
+        with ferry.opened(ferry.move(attempt=attempt)) as move:
+            if ending == "sync":
+                move.sync()
+            else:
+                move.close_capture()
+                move.cleanup(Side.DESTINATION)
+
+    with pytest.raises(NotPrepared, match="is not prepared") as refused:
+        end(attempt=2)
+    assert "prepare-cell" in str(refused.value.hint)
+
+    ferry.store.prepare_cell(ferry.destination, ferry.progress)
+    end(attempt=3)

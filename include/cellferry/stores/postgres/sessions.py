@@ -196,6 +196,9 @@ _BY_STATE: dict[str, tuple[type[CellferryError], str | None]] = {
     "CF004": (AuthorityViolation, None),
 }
 
+#: Columns of our own tables that a cell lacks which an older version prepared.
+_OUR_LATER_COLUMNS = ("was_here",)
+
 #: What libpq says of a connection that was not made; it gives no SQLSTATE then.
 _BY_TEXT: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"password authentication failed|no password supplied"), "28P01"),
@@ -211,7 +214,9 @@ def translated(error: psycopg.Error, where: str) -> CellferryError:
     """Return `error` as one of our own errors; see `translate_errors`."""
     text = _message(error)
     state = error.sqlstate or _state_from_text(error, text)
-    if state in {"3F000", "42P01", "42883"} and "cellferry" in text:
+    if (state in {"3F000", "42P01", "42883"} and "cellferry" in text) or (
+        state == "42703" and any(name in text for name in _OUR_LATER_COLUMNS)
+    ):
         return NotPrepared(
             f"{where} is not prepared: {text}",
             hint="run `cellferry prepare-cell` on this cell",
