@@ -512,3 +512,27 @@ def test_a_cell_that_an_older_version_prepared_is_named(ferry: Ferry, ending: st
 
     ferry.store.prepare_cell(ferry.destination, ferry.progress)
     end(attempt=3)
+
+
+def test_users_of_a_row_of_others_that_was_logged_for_all_stay_at_home(ferry: Ferry) -> None:
+    """A note that comes before its issue is logged for everybody who moves."""
+    ferry.run(Side.SOURCE, "ALTER TABLE notes ALTER CONSTRAINT notes_issue_id_fkey DEFERRABLE")
+    ferry.run(Side.DESTINATION, "ALTER TABLE notes ALTER CONSTRAINT notes_issue_id_fkey DEFERRABLE")
+    with ferry.opened() as move:
+        move.open_capture()
+        move.copy()
+        with psycopg.connect(ferry.url(Side.SOURCE)) as writer:
+            writer.execute("SET CONSTRAINTS ALL DEFERRED")
+            writer.execute("INSERT INTO users VALUES (501, '501', 1), (502, '502', 1)")
+            writer.execute(
+                "INSERT INTO notes (issue_id, author_id) VALUES (5001, 501), (5002, 502)"
+            )
+            # project 1 is of organization 2, project 2 of ours
+            writer.execute(
+                "INSERT INTO issues (id, project_id, iid, title)"
+                " VALUES (5001, 1, 5001, ''), (5002, 2, 5002, '')"
+            )
+        move.sync()
+    assert ferry.run(Side.DESTINATION, "SELECT id FROM users WHERE id > 500 AND id < 600") == [
+        (502,)
+    ]

@@ -84,10 +84,17 @@ class ReferencedRows:
             yield foreign_key, self._pointed_at(table, foreign_key, body)
 
     def needed_by(self, table: Table, keys: Collection[Key]) -> Needs:
-        """Return what the rows `keys` of `table` point at; the source is read."""
+        """Return what the rows `keys` of `table` point at; the source is read.
+
+        Of an owned table only the organization's: a key of which it could not be told whose it is
+        was logged for everybody.
+        """
         if not keys:
             return []
-        body = sql.SQL("{} WHERE true").format(keys_join(table, keys))
+        body = sql.SQL("{} WHERE {}").format(
+            keys_join(table, keys),
+            self._scope.owned(table) if table.owners else sql.SQL("true"),
+        )
         return [
             (foreign_key, self._pointed_at(table, foreign_key, body))
             for foreign_key in self.foreign_keys(table)
