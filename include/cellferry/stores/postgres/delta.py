@@ -29,7 +29,15 @@ from cellferry.stores.postgres.references import Needs, ReferencedRows, crossing
 from cellferry.stores.postgres.rendering import PARAMETER, rendered, with_parameters
 from cellferry.stores.postgres.row_keys import key_array
 from cellferry.stores.postgres.schema import Column, ForeignKey, Placement, Table
-from cellferry.stores.postgres.scope import Key, Scope, keys_join, keys_match, keys_relation
+from cellferry.stores.postgres.scope import (
+    Key,
+    Scope,
+    column_list,
+    keys_join,
+    keys_match,
+    keys_relation,
+)
+from cellferry.stores.postgres.taking_over import must_be_replaced
 from cellferry.stores.postgres.transactions import write
 
 #: More keys than this are worth a COPY for each table.
@@ -150,12 +158,18 @@ class Delta:
             ]
             self._destination.execute(deletes(self._scope, owned), prepare=False)
             for table, some in present.items():
-                self._destination.execute(_delete_shared(table, some), prepare=False)
+                if must_be_replaced(table):
+                    self._destination.execute(_delete_shared(table, some), prepare=False)
             for table in written:
                 if incoming := read.rows[table].values():
-                    self._destination.execute(
-                        _insert(table), [list(values) for values in zip(*incoming, strict=True)]
-                    )
+                    columns = [list(values) for values in zip(*incoming, strict=True)]
+                    if table in present and not must_be_replaced(table):
+                        # A neighbour that is about to refer to one must find it where it is.
+                        if update := _update(table):
+                            self._destination.execute(update, columns)
+                        self._destination.execute(_insert(table, only_absent=True), columns)
+                    else:
+                        self._destination.execute(_insert(table), columns)
             if conflicts := self._conflicts(written, read):
                 unusual.append(self._destination.execute(conflicts, prepare=False))
             checks = self._checks(owned)
@@ -303,20 +317,58 @@ def _as_text(column: Column) -> sql.Composed:
 
 
 @lru_cache(4096)
-def _insert(table: Table) -> sql.Composed:
+def _insert(table: Table, *, only_absent: bool = False) -> sql.Composed:
     """Insert rows given as one array of texts for each column."""
     columns = table.copied_columns
-    aliases = [sql.Identifier("v", f"c{number}") for number in range(len(columns))]
     statement = sql.SQL(
-        "INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE SELECT {} FROM unnest({}) AS v({})"
+        "INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE SELECT {} FROM {} WHERE {}"
     ).format(
         table.name.identifier,
-        sql.SQL(", ").join(sql.Identifier(column.name) for column in columns),
-        sql.SQL(", ").join(
-            sql.SQL("{}::{}").format(alias, sql.SQL(column.type))
-            for alias, column in zip(aliases, columns, strict=True)
-        ),
-        sql.SQL(", ").join(sql.SQL("{}::text[]").format(PARAMETER) for _ in columns),
-        sql.SQL(", ").join(sql.Identifier(f"c{number}") for number in range(len(columns))),
+        column_list(columns, None),
+        sql.SQL(", ").join(_value(table, column) for column in columns),
+        _given(table),
+        sql.SQL("NOT EXISTS (SELECT FROM {} AS t WHERE {})").format(
+            table.name.identifier, _has_given_key(table)
+        )
+        if only_absent
+        else sql.SQL("true"),
     )
     return with_parameters(statement)
+
+
+@lru_cache(4096)
+def _update(table: Table) -> sql.Composed | None:
+    """Change rows given as for `_insert`; None where a row is nothing but its key."""
+    columns = [column for column in table.copied_columns if column.name not in table.primary_key]
+    if not columns:
+        return None
+    statement = sql.SQL("UPDATE {} AS t SET {} FROM {} WHERE {}").format(
+        table.name.identifier,
+        sql.SQL(", ").join(
+            sql.SQL("{} = {}").format(sql.Identifier(column.name), _value(table, column))
+            for column in columns
+        ),
+        _given(table),
+        _has_given_key(table),
+    )
+    return with_parameters(statement)
+
+
+def _given(table: Table) -> sql.Composed:
+    numbers = range(len(table.copied_columns))
+    return sql.SQL("unnest({}) AS v({})").format(
+        sql.SQL(", ").join(sql.SQL("{}::text[]").format(PARAMETER) for _ in numbers),
+        sql.SQL(", ").join(sql.Identifier(f"c{number}") for number in numbers),
+    )
+
+
+def _value(table: Table, column: Column) -> sql.Composed:
+    number = table.copied_columns.index(column)
+    return sql.SQL("{}::{}").format(sql.Identifier("v", f"c{number}"), sql.SQL(column.type))
+
+
+def _has_given_key(table: Table) -> sql.Composed:
+    return sql.SQL(" AND ").join(
+        sql.SQL("{} = {}").format(sql.Identifier("t", name), _value(table, table.column(name)))
+        for name in table.primary_key
+    )

@@ -29,8 +29,6 @@ from cellferry.stores.postgres.scope import (
     Scope,
     column_list,
     keys_join,
-    keys_match,
-    keys_relation,
     row_hash,
     texts_match,
     texts_relation,
@@ -325,15 +323,7 @@ class ReferencedRows:
         } - imported
         present &= imported | fresh
         if present:
-            self._destination.execute(
-                sql.SQL("DELETE FROM {} AS t USING {} WHERE {}").format(
-                    table.name.identifier, keys_relation(table, present), keys_match(table)
-                )
-            )
-            self.carry(
-                table,
-                sql.SQL("FROM {} AS t {}").format(table.name.identifier, keys_join(table, present)),
-            )
+            self._take_over.renew(table, present)
             self._record(table, fresh)
         return present
 

@@ -29,6 +29,7 @@ from cellferry.stores.postgres.schema import Table
 from cellferry.stores.postgres.scope import (
     Key,
     Scope,
+    column_list,
     keys_join,
     keys_match,
     keys_relation,
@@ -110,6 +111,49 @@ class TakeOver:
                     self._update(table)
         return ours, len(different), size
 
+    def renew(self, table: Table, keys: Collection[Key]) -> None:
+        """Make `keys`, which follow the source, as they are there; those that are gone come back.
+
+        In the caller's transaction. They are changed where they are as well: a neighbour that is
+        about to refer to a row would not find one that was put in its place.
+
+        Raises:
+            psycopg.errors.UniqueViolation: another row has one of their unique values.
+        """
+        with waiting_room(self._destination, table):
+            self._carry(
+                table,
+                sql.SQL("FROM {} AS t {}").format(table.name.identifier, keys_join(table, keys)),
+                WAITING_ROOM,
+            )
+            if not must_be_replaced(table):
+                try:
+                    with self._destination.transaction():
+                        self._update(table)
+                        self._insert_absent(table)
+                except (psycopg.errors.UniqueViolation, psycopg.errors.ExclusionViolation):
+                    pass  # they may stand in each other's way only
+                else:
+                    return
+            self._replace(table, keys)
+
+    def _insert_absent(self, table: Table) -> None:
+        columns = column_list(table.copied_columns, None)
+        self._destination.execute(
+            sql.SQL(
+                "INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE SELECT {} FROM {} AS w"
+                " WHERE NOT EXISTS (SELECT FROM {} AS t WHERE {})"
+            ).format(
+                table.name.identifier,
+                columns,
+                columns,
+                WAITING_ROOM,
+                table.name.identifier,
+                _same_key(table),
+            ),
+            prepare=False,
+        )
+
     def _lock(self, table: Table, keys: Collection[Key]) -> set[Key]:
         statement = sql.SQL("SELECT {} FROM {} AS t {} ORDER BY {} FOR UPDATE OF t").format(
             key_array(table, "t"),
@@ -184,11 +228,7 @@ class TakeOver:
                     where=str(table.name),
                 )
             swapped = True
-        # Nobody can give such a column a value but an insert.
-        return swapped or any(
-            column.identity == "a" and column.name not in table.primary_key
-            for column in table.columns
-        )
+        return swapped or must_be_replaced(table)
 
     def _update(self, table: Table) -> None:
         columns = [
@@ -206,10 +246,7 @@ class TakeOver:
                     for column in columns
                 ),
                 WAITING_ROOM,
-                sql.SQL(" AND ").join(
-                    sql.SQL("{} = {}").format(sql.Identifier("t", name), sql.Identifier("w", name))
-                    for name in table.primary_key
-                ),
+                _same_key(table),
                 row_hash(table, "t"),
                 row_hash(table, "w"),
             ),
@@ -224,6 +261,21 @@ class TakeOver:
             prepare=False,
         )
         admit(self._destination, table)
+
+
+def must_be_replaced(table: Table) -> bool:
+    """Whether rows cannot be changed where they are: only an insert gives some columns a value."""
+    return any(
+        column.generated if column.name in table.primary_key else column.identity == "a"
+        for column in table.columns
+    )
+
+
+def _same_key(table: Table) -> sql.Composed:
+    return sql.SQL(" AND ").join(
+        sql.SQL("{} = {}").format(sql.Identifier("t", name), sql.Identifier("w", name))
+        for name in table.primary_key
+    )
 
 
 def _collisions(
