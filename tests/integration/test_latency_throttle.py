@@ -15,9 +15,9 @@ import redis
 
 from cellferry import phases
 from cellferry.errors import CellferryError
-from cellferry.migration import pacing, steps
+from cellferry.migration import governor, pacing, steps
 from cellferry.migration.context import Context
-from cellferry.migration.governor import FLOOR
+from cellferry.migration.governor import FLOOR, Governor
 from cellferry.migration.reporting import describe_pace
 from cellferry.model import Actor, Cell, Endpoint, Move, Organization, Side, State
 from cellferry.phases import Phase
@@ -32,6 +32,7 @@ from cellferry.topology.pace import PaceRow
 from fixtures.cells import NO_TRACES, TwoCells
 from fixtures.ferry import Ferry, make_ferry
 from fixtures.postgres import FreshDatabases
+from fixtures.standby import Failover
 from fixtures.valkey import ValkeyPair
 
 #: What no probe on a busy test machine reaches by itself, and what a brake makes of it.
@@ -512,6 +513,32 @@ def test_a_postgres_probe_does_not_gather_versions_in_one_row(ferry: Ferry) -> N
 
     moments = "SELECT count(DISTINCT probed_at) FROM cellferry.probe"
     assert ferry.run(Side.DESTINATION, moments) == [(SLOTS,)]
+
+
+def test_a_standby_that_is_meant_to_be_behind_slows_nobody_down(
+    failover: Callable[..., Failover], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(governor, "LAG_LIMIT_S", 3.0)
+    made = failover("destination", synchronous=False)
+    with psycopg.connect(made.standby.url(), autocommit=True) as standby:
+        standby.execute("ALTER SYSTEM SET recovery_min_apply_delay = '5s'")
+        standby.execute("SELECT pg_reload_conf()")
+    with made.cells.context() as context:
+        cell = context.settings.cell("cell-2", context.connections)
+    probe = PostgresProbe(cell, Move(5, Organization("7", "acme"), cell, cell, epoch=1, attempt=1))
+
+    def lag() -> float | None:
+        probe.read()
+        return probe.load().lag_s
+
+    try:
+        wait_for(lambda: (lag() or 0.0) > governor.LAG_LIMIT_S, "the lag")
+        mover = Governor("cell-2/postgres", 0.1, now=0.0)
+        decided = [one for now in range(20) for one in mover.lagging(lag(), float(now))]
+        assert decided == []
+        assert mover.lagging(20.0, 20.0), "it falls further behind"
+    finally:
+        probe.close()
 
 
 def test_a_postgres_probe_connects_again_after_its_session_was_ended(ferry: Ferry) -> None:

@@ -31,7 +31,8 @@ BLIND = 0.5
 WINDOW = 20
 #: Samples after a change before the share may grow.
 ENOUGH = 8
-#: A standby that is further behind (seconds) counts as a slow cell.
+#: A standby that is further behind (seconds) counts as a slow cell. One that was so before the work
+#: began may be meant to be (`recovery_min_apply_delay`): it counts when it falls so far behind that.
 LAG_LIMIT_S = 10.0
 
 
@@ -114,7 +115,7 @@ class Governor:
         self._slow_start = True
         self._blind = False
         self._lag_s = 0.0
-        self._lag_seen_at: float | None = None
+        self._usual_lag_s: float | None = None
 
     @property
     def p95_s(self) -> float | None:
@@ -147,12 +148,20 @@ class Governor:
 
     def lagging(self, lag_s: float | None, now: float) -> list[Decision]:
         """Take a standby's lag into account, asked about once a second."""
+        if lag_s is not None:
+            if self._usual_lag_s is None:
+                self._usual_lag_s = lag_s if lag_s > LAG_LIMIT_S else 0.0
+            self._usual_lag_s = min(self._usual_lag_s, lag_s)
         before, self._lag_s = self._lag_s, lag_s or 0.0
-        if self._lag_s <= LAG_LIMIT_S or self._lag_s < before:
+        if self._lag_s <= self._lag_limit_s or self._lag_s < before:
             return []  # fine, or it catches up
         return self._slow(
-            None, now, f"a standby is {self._lag_s:.0f} s behind, over {LAG_LIMIT_S:.0f} s"
+            None, now, f"a standby is {self._lag_s:.0f} s behind, over {self._lag_limit_s:.0f} s"
         )
+
+    @property
+    def _lag_limit_s(self) -> float:
+        return (self._usual_lag_s or 0.0) + LAG_LIMIT_S
 
     def fail(self, reason: str, now: float) -> list[Decision]:
         """The probe does not work: go on, carefully."""
@@ -209,7 +218,7 @@ class Governor:
         return [Decision(Act.SLOWED, before, self.share, reason)] if self.share < before else []
 
     def _grow(self, found_s: float, now: float) -> list[Decision]:
-        if self.aim is None or self._lag_s > LAG_LIMIT_S:
+        if self.aim is None or self._lag_s > self._lag_limit_s:
             return []
         elapsed = now - self._grew_at
         if (
