@@ -264,8 +264,8 @@ def test_a_halted_cohort_stops_its_running_copies_and_no_others(
     def hook(phase: Phase) -> None:
         if phase is Phase.COPY_BATCH and not hasattr(seen, "batch"):
             seen.batch = True
-            copying.wait(60)  # every copy is under way
-            copying.wait(60)  # and the halt is set
+            copying.wait(150)  # every copy is under way
+            copying.wait(150)  # and the halt is set
 
     def run(migration: int) -> str:
         with cells.context() as context:
@@ -276,9 +276,9 @@ def test_a_halted_cohort_stops_its_running_copies_and_no_others(
 
     with listening(hook), ThreadPoolExecutor(3) as pool:
         running = {slug: pool.submit(run, migration) for slug, migration in moves.items()}
-        copying.wait(60)
+        copying.wait(150)
         halt(cells, "cohort", "wave-1")
-        copying.wait(60)
+        copying.wait(150)
         ended = {slug: future.result(120) for slug, future in running.items()}
     stopped = "halted: cohort wave-1 is halted by boss: look at it"
     assert ended == {one.slug: stopped, third.slug: stopped, other.slug: "syncing"}

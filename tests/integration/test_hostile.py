@@ -23,7 +23,7 @@ from cellferry.errors import (
 )
 from cellferry.migration import MoveOptions, steps
 from cellferry.model import Actor, Organization, State
-from fixtures.cells import NO_TRACES, TwoCells
+from fixtures.cells import NO_TRACES, PATIENT, TwoCells
 
 MOVED, BEING_MOVED, NO_TRUNCATE = "CF001", "CF002", "CF004"
 
@@ -147,7 +147,7 @@ def test_two_organizations_that_share_users_pass_each_other(cells: TwoCells) -> 
 
     there = cells.plan(Organization("7", "org-7"))
     with cells.context() as context:
-        options = MoveOptions(strategy="online", ttl_s=0, soak_s=0)
+        options = MoveOptions(strategy="online", ttl_s=0, soak_s=0, **PATIENT)
         back = steps.plan(context, "org-8", "cell-1", options=options, record=True).migration
     assert back is not None
     errors: list[BaseException] = []

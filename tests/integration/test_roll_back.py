@@ -39,9 +39,11 @@ from fixtures.cells import (
     APPLICATION_PASSWORD,
     MOVER_PASSWORD,
     NO_TRACES,
+    PATIENT,
     SCHEMA,
     TwoCells,
 )
+from fixtures.gated import wait_long_at_the_gate
 from fixtures.postgres import FreshDatabases
 from fixtures.severed_network import SeveredNetwork
 from fixtures.valkey import MakeValkey
@@ -356,6 +358,7 @@ def test_a_writer_that_waits_through_it_learns_where_to_go(
     cells: TwoCells, acme: Organization, isolation: psycopg.IsolationLevel, refusal: str
 ) -> None:
     migration = move(cells, acme)
+    wait_long_at_the_gate(cells.connections["cell-2-postgres-admin"])
     outcome: list[str | None] = []
 
     def write() -> None:
@@ -374,7 +377,7 @@ def test_a_writer_that_waits_through_it_learns_where_to_go(
     def wait_for_the_waiter() -> None:
         thread.start()
         with cells.admin("cell-2") as connection:
-            until = time.monotonic() + 20
+            until = time.monotonic() + 60
             while time.monotonic() < until:
                 waits = connection.execute(
                     "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
@@ -386,7 +389,7 @@ def test_a_writer_that_waits_through_it_learns_where_to_go(
 
     with at(Phase.FROZEN_ALL, wait_for_the_waiter):
         roll_back(cells, migration)
-    thread.join(20)
+    thread.join()
 
     assert outcome == [refusal]
     with cells.admin("cell-1") as connection:
@@ -667,7 +670,7 @@ def serves_on(cells: TwoCells, migration: int) -> None:
 def test_a_transaction_that_is_held_open_makes_it_give_up(
     cells: TwoCells, acme: Organization
 ) -> None:
-    migration = move(cells, acme, drain_deadline_s=0.5)
+    migration = move(cells, acme, drain_deadline_s=1)
     with cells.application("cell-2") as held:
         held.execute("UPDATE issues SET counter = 5 WHERE id = 7000003")
         with pytest.raises(DrainTimeout) as given_up:
@@ -1001,7 +1004,7 @@ def onward(cells: TwoCells, organization: Organization) -> int:
             context,
             organization.slug,
             "cell-3",
-            options=MoveOptions(strategy="online", ttl_s=0, soak_s=0),
+            options=MoveOptions(strategy="online", ttl_s=0, soak_s=0, **PATIENT),
             record=True,
         )
     assert found.migration is not None

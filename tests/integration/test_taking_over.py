@@ -24,7 +24,7 @@ from cellferry.model import Organization, Side
 from cellferry.phases import Phase
 from cellferry.stores.postgres import taking_over
 from cellferry.stores.postgres.taking_over import TakeOver
-from fixtures.cells import NO_TRACES, TwoCells
+from fixtures.cells import NO_TRACES, PATIENT, TwoCells
 from fixtures.ferry import Ferry, make_ferry
 from fixtures.postgres import FreshDatabases
 
@@ -49,7 +49,7 @@ def plan(cells: TwoCells, organization: Organization, cell: str) -> Plan:
             context,
             organization.slug,
             cell,
-            options=MoveOptions(strategy="online", ttl_s=0, soak_s=0),
+            options=MoveOptions(strategy="online", ttl_s=0, soak_s=0, **PATIENT),
             record=True,
         )
 
