@@ -32,7 +32,7 @@ WINDOW = 20
 #: Samples after a change before the share may grow.
 ENOUGH = 8
 #: A standby that is further behind (seconds) counts as a slow cell. One that was so before the work
-#: began may be meant to be (`recovery_min_apply_delay`): it counts when it falls so far behind that.
+#: began may be meant to be (`recovery_min_apply_delay`): it counts if it falls so far behind that.
 LAG_LIMIT_S = 10.0
 
 
