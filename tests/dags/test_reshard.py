@@ -452,5 +452,5 @@ def test_a_worker_that_may_have_no_children_gets_its_warden() -> None:
     answer = fork.Queue()
     worker = fork.Process(target=_daemonic, args=(answer,), daemon=True)
     worker.start()
-    assert answer.get(timeout=30) == "born"
+    assert answer.get(timeout=120) == "born"
     worker.join()

@@ -108,7 +108,10 @@ def played(urls: dict[str, str], tmp_path: Path) -> Iterator[Played]:
         clients.append((client, store, recorder, threading.Thread(target=client.run)))
     for *_, thread in clients:
         thread.start()
-    time.sleep(1.5)
+    until = time.monotonic() + 120
+    while min(path.read_bytes().count(b"\n") for path in played.ledgers) < 1_600:
+        assert time.monotonic() < until
+        time.sleep(0.1)
     for client, *_ in clients:
         client.stop()
     for _, store, recorder, thread in clients:

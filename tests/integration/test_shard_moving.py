@@ -782,7 +782,7 @@ def fuse(budget: int | None) -> Callable[[], None]:
     return check
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 30) -> None:
+def wait_until(true: Callable[[], bool], seconds: float = 90) -> None:
     until = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < until
