@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 
-from cellferry.model import Side
+from cellferry.migration import steps
+from cellferry.model import Organization, Side
 from cellferry.stores.postgres.delta import Delta
 from cellferry.stores.postgres.references import ReferencedRows
+from fixtures.cells import TwoCells
 from fixtures.ferry import Ferry
 from fixtures.gated import eventually
+
+THROUGH = ("sync", "verify", "cutover", "soak", "cleanup")
 
 
 @pytest.mark.parametrize("email", [False, True], ids=["another column", "a unique column"])
@@ -54,3 +58,51 @@ def test_who_refers_to_a_row_while_it_is_brought_up_to_date_finds_it(
 
     found = ferry.run(Side.DESTINATION, "SELECT email, plan_id FROM users WHERE id = 2")
     assert found == [("changed", 3) if email else ("user2@example.com", None)]
+
+
+@pytest.fixture
+def shared(cells: TwoCells) -> TwoCells:
+    """Organizations 7 and 8 in cell-1 share a user, who has a name."""
+    for cell in ("cell-1", "cell-2"):
+        with cells.admin(cell) as connection:
+            connection.execute("ALTER TABLE users ADD name text NOT NULL DEFAULT 'as made'")
+    for one in (7, 8):
+        cells.add_organization(one, issues=3)
+    with cells.admin("cell-1") as connection:
+        connection.execute("INSERT INTO memberships VALUES (8, 7000001)")
+    return cells
+
+
+def run(cells: TwoCells, migration: int, *names: str) -> None:
+    for name in names:
+        with cells.context() as context:
+            getattr(steps, name)(context, migration)
+
+
+@pytest.mark.parametrize("seen", [False, True], ids=["changes after", "changes before"])
+@pytest.mark.parametrize("was_here", [True, False], ids=["was there", "was not there"])
+def test_what_was_left_to_a_move_that_is_aborted_is_brought_by_the_other(
+    shared: TwoCells, was_here: bool, seen: bool
+) -> None:
+    """Two organizations that share a user move at once; one brings it, and gives up."""
+    rename = "UPDATE users SET name = 'renamed' WHERE id = 7000001"
+    if was_here:
+        with shared.admin("cell-2") as connection:
+            connection.execute("INSERT INTO users VALUES (7000001, 'user7000001', 'stale')")
+    first, second = (shared.plan(Organization(str(one), f"org-{one}")) for one in (7, 8))
+    run(shared, first, "copy")
+    run(shared, second, "copy")
+
+    with shared.application("cell-1", autocommit=True) as writer:
+        if seen:
+            writer.execute(rename)
+            run(shared, second, "sync")
+        with shared.context() as context:
+            steps.abort(context, first, "the test wants it")
+        if not seen:
+            writer.execute(rename)
+    run(shared, second, *THROUGH)
+
+    with shared.admin("cell-2") as connection:
+        found = connection.execute("SELECT name FROM users WHERE id = 7000001").fetchone()
+    assert found == ("renamed",)

@@ -112,18 +112,22 @@ class Applier:
         Not under the gate, where there is no time for it. An attempt that dies before it repeats
         the round: its log rows are not forgotten yet.
         """
-
-        def in_transaction(work: Callable[[], None]) -> None:
-            with write(self._destination, self._move):
-                work()
-
         for table in self._scope.tables:
             needs = self._references.needed_by(table, keys.get(str(table.name), set()))
             rows, size = self._references.bring(
-                [(foreign_key, values) for foreign_key, values in needs if values], in_transaction
+                [(foreign_key, values) for foreign_key, values in needs if values],
+                self._in_transaction,
             )
             applied.rows += rows
             applied.bytes += size
+
+    def bring_left(self) -> None:
+        """Bring the shared rows that were left to another move, which may have ended since."""
+        self._references.bring_left(self._in_transaction)
+
+    def _in_transaction(self, work: Callable[[], None]) -> None:
+        with write(self._destination, self._move):
+            work()
 
     def delete_waiting(self, keys: Keys) -> None:
         """Delete those rows of `keys` of which the destination cannot tell whose they are."""

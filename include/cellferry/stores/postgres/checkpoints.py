@@ -53,3 +53,11 @@ def write(connection: psycopg.Connection[Any], migration: int, mark: Checkpoint)
             mark.done,
         ),
     )
+
+
+def remove(connection: psycopg.Connection[Any], migration: int, relation: str) -> None:
+    """Forget the mark of `relation` in the current transaction."""
+    connection.execute(
+        "DELETE FROM cellferry.checkpoint WHERE migration = %s AND relation = %s",
+        (migration, relation),
+    )

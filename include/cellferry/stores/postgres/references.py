@@ -20,6 +20,8 @@ import psycopg
 from psycopg import sql
 
 from cellferry.errors import PermanentError
+from cellferry.stores.postgres import checkpoints
+from cellferry.stores.postgres.checkpoints import Checkpoint
 from cellferry.stores.postgres.conflicts import WAITING_ROOM, waiting_room
 from cellferry.stores.postgres.crossings import is_inside
 from cellferry.stores.postgres.row_keys import key_array, key_text
@@ -39,6 +41,9 @@ from cellferry.stores.postgres.usage import Usage
 from cellferry.stores.postgres.wire import Inlet, Outlet, Wire
 
 BATCH = 10_000
+
+#: Names the checkpoint that says that rows were left to another move which brings them.
+LEFT_TO_OTHERS = "shared rows left to another move"
 
 #: Values of a foreign key that some rows need, by the foreign key.
 Needs = list[tuple[ForeignKey, set[Key]]]
@@ -70,6 +75,7 @@ class ReferencedRows:
         self._take_over = TakeOver(destination, scope, self._usage, self.carry)
         #: Rows of which it was looked what they point at in turn.
         self._followed_up: set[tuple[str, Key]] = set()
+        self._has_left = False
 
     def foreign_keys(self, table: Table) -> tuple[ForeignKey, ...]:
         """Return the foreign keys of `table` that lead to referenced rows."""
@@ -224,7 +230,37 @@ class ReferencedRows:
                 volume += size
 
             batch(work)
+        if self._usage.brought_by_others(parent, present - came):
+            batch(self._note_left)
         return came, changed, volume
+
+    def _note_left(self) -> None:
+        checkpoints.write(self._destination, self._migration, Checkpoint(LEFT_TO_OTHERS))
+        self._has_left = True
+
+    def bring_left(self, batch: Callable[[Callable[[], None]], None]) -> tuple[int, int]:
+        """Look again at everything, if rows were left to another move that brought them.
+
+        That move may have been aborted since: then nobody brings what changes.
+
+        Returns:
+            Rows inserted or changed, and their bytes.
+
+        Raises:
+            PermanentError, TransientError: as `bring`.
+        """
+        if LEFT_TO_OTHERS not in checkpoints.read(self._destination, self._migration):
+            return 0, 0
+        self._has_left = False
+        count = volume = 0
+        for table in self._scope.tables:
+            for foreign_key, values in self.needed_by_all(table):
+                rows, size = self.bring([(foreign_key, values)], batch)
+                count += rows
+                volume += size
+        if not self._has_left:
+            batch(lambda: checkpoints.remove(self._destination, self._migration, LEFT_TO_OTHERS))
+        return count, volume
 
     def _absent(self, parent: Table, columns: Sequence[str], values: Collection[Key]) -> list[Key]:
         statement = sql.SQL(
@@ -263,6 +299,8 @@ class ReferencedRows:
         inserted: list[Key] = [tuple(key) for (key,) in rows]
         if len(inserted) < sent:
             self._insist(parent, columns, absent)
+            if not self._returning:
+                self._note_left()  # somebody was quicker: another move, perhaps
         self._record(parent, inserted)
         return inserted, size
 

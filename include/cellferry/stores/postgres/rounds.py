@@ -193,6 +193,15 @@ class Rounds:
             applied,
         )
 
+    def bring_left(self) -> None:
+        """Bring the shared rows that were left to another move, which may have ended since.
+
+        Raises:
+            LeaseLost: another attempt took over.
+            PermanentError, TransientError: a row cannot come, or is locked.
+        """
+        self._applier.bring_left()
+
     def delete_waiting(self) -> None:
         """Delete the copied rows whose parents have not come, before their log is given up.
 

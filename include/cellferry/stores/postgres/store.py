@@ -532,6 +532,8 @@ class PostgresMove(StoreMove):
             for side in Side:
                 self._wait_for_candidates(side)
             self._barrier = self._make_barrier()
+            if not self.move.returning:
+                self._rounds().bring_left()
             return self._round()
 
     def _copier(self) -> Copier:

@@ -66,7 +66,7 @@ class Usage:
         if not keys:
             return set()
         idle = self._idle()
-        brought = self._brought_by_others(table, keys)
+        brought = self.brought_by_others(table, keys)
         used: set[tuple[str, Key]] = {(str(table.name), key) for key in brought}
         refers_to: dict[tuple[str, Key], set[tuple[str, Key]]] = {}
         known: dict[str, set[Key]] = {str(table.name): set(keys)}
@@ -141,7 +141,7 @@ class Usage:
             ),
         ]
 
-    def _brought_by_others(self, table: Table, keys: Collection[Key]) -> set[Key]:
+    def brought_by_others(self, table: Table, keys: Collection[Key]) -> set[Key]:
         """Return those of `keys` that another migration, which is under way, brings here.
 
         It follows their changes, perhaps in another cell than ours; both would never agree.
