@@ -194,6 +194,24 @@ def test_an_organization_deleted_during_its_move_is_deleted_where_it_arrives(
     assert cells.rows("cell-1", neighbour.id) == before
 
 
+def test_an_organization_leaves_and_enters_cells_that_publish_all_tables(cells: TwoCells) -> None:
+    """As a change stream does it (Debezium's default): no row without an identity may go then."""
+    organization = cells.add_organization(7)
+    for cell in ("cell-1", "cell-2"):
+        with cells.admin(cell) as connection:
+            connection.execute("CREATE PUBLICATION everything FOR ALL TABLES")
+    migration = cells.plan(organization)
+    with cells.context() as context:
+        steps.copy(context, migration)
+        with cells.application("cell-1", autocommit=True) as writer:
+            writer.execute("UPDATE issues SET counter = counter + 1 WHERE organization_id = 7")
+        before = cells.rows("cell-1", "7")
+        for step in (steps.sync, steps.verify, steps.cutover, steps.soak, steps.cleanup):
+            step(context, migration)
+    assert cells.rows("cell-2", "7") == before
+    assert cells.traces("cell-1") == NO_TRACES
+
+
 def test_a_column_added_at_one_side_stops_the_cutover_and_names_it(
     cells: TwoCells, acme: Organization
 ) -> None:

@@ -126,6 +126,8 @@ CREATE TABLE IF NOT EXISTS cellferry.key_log (
     key text[] NOT NULL
 );
 CREATE INDEX IF NOT EXISTS key_log_order ON cellferry.key_log (organization, id);
+-- Where somebody publishes all tables, for a change stream, rows without an identity cannot go.
+ALTER TABLE cellferry.key_log REPLICA IDENTITY FULL;
 
 -- The newest attempt at each migration; who writes holds its row (hazard 1).
 CREATE TABLE IF NOT EXISTS cellferry.lease (

@@ -1,7 +1,7 @@
 -- What the latency-driven throttle asks, beside gate.sql.
 
 -- Written and committed by movers' probes, and by nobody else: how long that takes is how the cell
--- does. Each mover writes its own row, so that probes never wait for each other.
+-- does. Each mover begins at a row of its own, so that probes seldom wait for each other.
 CREATE TABLE IF NOT EXISTS cellferry.probe (
     slot int PRIMARY KEY,
     probed_at timestamptz NOT NULL DEFAULT now()
