@@ -1,9 +1,9 @@
 """Registers the fixture plugins: one file for each kind of server, in `tests/fixtures`."""
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-# A test that searches is not to fail because the machine is slow.
-settings.register_profile("cellferry", deadline=None)
+# A test that searches is not to fail because the machine is slow, or stands still for a moment.
+settings.register_profile("cellferry", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("cellferry")
 
 pytest_plugins = [

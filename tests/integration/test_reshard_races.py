@@ -60,7 +60,7 @@ def slow(shard_world: ShardWorld) -> Iterator[Slow]:
 
 @pytest.fixture
 def store(shard_world: ShardWorld) -> Iterator[ShardedStore]:
-    with shard_world.store(patience_s=20.0) as one:
+    with shard_world.store() as one:
         yield one
 
 
@@ -267,6 +267,8 @@ def test_a_new_owner_that_hangs_does_not_make_every_claim_wait(
 
     monkeypatch.setattr(client_module, "open_shard", counted)
     monkeypatch.setattr(wire, "REPLY_TIMEOUT_S", 0.7)
+    # far above `_REST_S`, whatever stands still meanwhile
+    monkeypatch.setattr(client_module, "_REST_FACTOR", 100)
     ids = shard_world.moved_ids(2)
     shard_world.begin()
     shard_world.go_until(ShardState.DUAL_READ_OLD)
