@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,7 +17,7 @@ from psycopg import sql
 from cellferry import phases
 from cellferry.migration import Context, steps
 from cellferry.model import Organization, State
-from cellferry.orchestration import ahead
+from cellferry.orchestration import ahead, barrier_turn, task_groups
 from cellferry.orchestration.params import LONGEST_TTL_IN_RUN_S
 from cellferry.phases import Phase
 from fixtures.cells import TwoCells
@@ -156,6 +159,34 @@ def test_a_topology_that_dies_behind_the_cutover_does_not_fail_it(
             assert ahead.after_barrier(context, migration, ttl_s=0.0) == ()
     assert cells.migration(migration).state is State.SOAKING
     assert after(cells, migration, 0.0) == ("soak", "wait_for_ttl", "cleanup")
+
+
+@pytest.mark.parametrize(("number", "waits"), [(1, True), (2, False)])
+def test_a_cutover_that_is_tried_again_waits_for_nobodys_turn(
+    cells: TwoCells,
+    acme: Organization,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    number: int,
+    *,
+    waits: bool,
+) -> None:
+    """The try before it may have been killed, and the organization be frozen."""
+    migration = cells.plan(acme, soak_s=ahead.SHORT_SOAK_S + 1)
+    before(cells, migration)
+    airflow = {"ti": SimpleNamespace(try_number=number, map_index=0), "params": {"ttl_s": 0.0}}
+    monkeypatch.setattr(task_groups, "get_current_context", lambda: airflow)
+    monkeypatch.setattr(task_groups, "step_context", lambda **_: cells.context())
+    monkeypatch.setattr(task_groups, "yield_the_processor", lambda: None)
+    monkeypatch.setattr(barrier_turn, "LONGEST_WAIT_S", 0.2)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    with barrier_turn.barrier_turn():  # somebody's
+        task_groups.cutover.function(organization={"migration": migration})
+
+    assert ("another barrier" in caplog.text) is waits
+    assert cells.migration(migration).state is State.SOAKING
 
 
 def test_a_long_soak_has_a_task_of_its_own(cells: TwoCells, acme: Organization) -> None:

@@ -195,8 +195,10 @@ def cutover(*, organization: Mapping[str, Any]) -> dict[str, Any]:
 
     airflow, number = get_current_context(), migration_of(organization)
     with ExitStack() as turn:
-        # before the connections: to open them is work, too, beside somebody's barrier
-        turn.enter_context(barrier_turn())
+        # One that is tried again may have been killed, its organization frozen: it waits for nobody.
+        if airflow["ti"].try_number == 1:
+            # before the connections: to open them is work, too, beside somebody's barrier
+            turn.enter_context(barrier_turn())
         with step_context(waited_for=True) as ferry:
             result = brief(steps.cutover(ferry, number))
             turn.close()
