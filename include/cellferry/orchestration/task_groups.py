@@ -195,7 +195,7 @@ def cutover(*, organization: Mapping[str, Any]) -> dict[str, Any]:
 
     airflow, number = get_current_context(), migration_of(organization)
     with ExitStack() as turn:
-        # One that is tried again may have been killed, its organization frozen: it waits for nobody.
+        # The try before may have been killed, and the organization be frozen: wait for nobody then.
         if airflow["ti"].try_number == 1:
             # before the connections: to open them is work, too, beside somebody's barrier
             turn.enter_context(barrier_turn())
