@@ -29,7 +29,6 @@ from cellferry.stores.postgres.schema import ForeignKey, Placement, Table
 from cellferry.stores.postgres.scope import (
     Key,
     Scope,
-    column_list,
     keys_join,
     row_hash,
     texts_match,
@@ -172,7 +171,9 @@ class ReferencedRows:
                     asked: Collection[Key] = asked,
                     result: list[tuple[list[Key], int]] = result,
                 ) -> None:
-                    result.append(self._insert_absent(parent, columns, asked))
+                    result.append(
+                        self._insert_absent(parent, columns, asked, takes=batch is not None)
+                    )
 
                 if batch is None:
                     work()
@@ -276,8 +277,16 @@ class ReferencedRows:
         return [tuple(row) for row in self._destination.execute(statement)]
 
     def _insert_absent(
-        self, parent: Table, columns: Sequence[str], values: Collection[Key]
+        self, parent: Table, columns: Sequence[str], values: Collection[Key], *, takes: bool
     ) -> tuple[list[Key], int]:
+        """Insert the rows of the source that the destination lacks.
+
+        With `takes`, also take over unused rows that have their unique values: those may have
+        changed at the source, and other rows of ours that refer to them come later.
+
+        Returns:
+            The keys that came, and their bytes.
+        """
         absent = self._absent(parent, columns, values)
         if not absent:
             return [], 0
@@ -287,16 +296,13 @@ class ReferencedRows:
         )
         with waiting_room(self._destination, parent):
             sent, size = self.carry(parent, body, WAITING_ROOM)
-            listed = column_list(parent.copied_columns, None)
-            rows = self._destination.execute(
-                sql.SQL(
-                    "INSERT INTO {} AS t ({}) OVERRIDING SYSTEM VALUE SELECT {} FROM {}"
-                    " ON CONFLICT DO NOTHING RETURNING {}"
-                ).format(
-                    parent.name.identifier, listed, listed, WAITING_ROOM, key_array(parent, "t")
-                )
-            ).fetchall()
-        inserted: list[Key] = [tuple(key) for (key,) in rows]
+            inserted, in_the_way = self._take_over.insert_waiting(parent, sent)
+        if in_the_way and takes:
+            taken, _, volume = self._take_over.take(parent, in_the_way)
+            self._record(parent, inserted)
+            self._record(parent, taken, was_here=True)
+            more, more_volume = self._insert_absent(parent, columns, values, takes=False)
+            return [*inserted, *taken, *more], size + volume + more_volume
         if len(inserted) < sent:
             self._insist(parent, columns, absent)
             if not self._returning:

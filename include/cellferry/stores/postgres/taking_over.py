@@ -9,6 +9,7 @@ to it meanwhile waits for our lock, and finds it as it is then.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import psycopg
@@ -45,6 +46,16 @@ LOCK_TIMEOUT_S = 5
 
 #: Copies rows of a table from the source into a target; says how many, and their bytes.
 Carry = Callable[[Table, sql.Composable, sql.Composable], tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class _Collision:
+    """A row that is here has a unique value of one that comes, by which barrier."""
+
+    name: str
+    expressions: tuple[str, ...]
+    here: Key
+    coming: Key
 
 
 class TakeOver:
@@ -96,6 +107,7 @@ class TakeOver:
         ours = self.unused(table, locked)
         if not ours:
             return set(), 0, 0
+        in_the_way: list[_Collision] = []
         with waiting_room(self._destination, table):
             _, size = self._carry(
                 table,
@@ -105,11 +117,82 @@ class TakeOver:
             ours, different = self._compare(table, ours)
             if different:
                 self._leave_waiting(table, different)
-                if self._clears_the_way(table, different):
-                    self._replace(table, different)
-                else:
-                    self._update(table)
+                in_the_way = list(_collisions(self._destination, table))
+                if all(one.here in different for one in in_the_way):
+                    if in_the_way or must_be_replaced(table):
+                        self._replace(table, different)
+                    else:
+                        self._update(table)
+                    in_the_way.clear()
+        if in_the_way:
+            return self._take_with(table, locked, in_the_way, different)
         return ours, len(different), size
+
+    def _take_with(
+        self, table: Table, keys: set[Key], found: Collection[_Collision], different: set[Key]
+    ) -> tuple[set[Key], int, int]:
+        """Take `keys` together with rows that have their values: those may change as well.
+
+        Raises:
+            PermanentError: others use such a row, or it keeps its value.
+        """
+        here = {one.here for one in found}
+        if here <= keys or self.unused(table, here) != here:
+            one = next(one for one in found if one.here not in different)
+            raise self._refusal(table, one)
+        return self.take(table, keys | here)
+
+    def _refusal(self, table: Table, one: _Collision) -> PermanentError:
+        return PermanentError(
+            f"key collision: {table.name} row {', '.join(one.coming)} cannot become as it is at"
+            f" the source: row {', '.join(one.here)} at the destination has the same {one.name}"
+            f" ({', '.join(one.expressions)})",
+            hint="make both cells agree on these rows (same key, same unique values),"
+            " then run the step again",
+            organization=self._scope.organization,
+            where=str(table.name),
+        )
+
+    def insert_waiting(self, table: Table, count: int) -> tuple[list[Key], set[Key]]:
+        """Insert the `count` rows that wait, but for those that others keep out.
+
+        Returns:
+            The keys that were inserted, and those of rows that have unique values of the others.
+        """
+        found: list[_Collision] = []
+        arbiter: sql.Composable = sql.SQL("")
+        if any(unique.deferrable for unique in table.uniques):
+            # ON CONFLICT does not look at these, and the replica role does not check them.
+            found = list(_collisions(self._destination, table))
+            if found:
+                self._leave_waiting(table, self._waiting(table) - {one.coming for one in found})
+            arbiter = sql.SQL("({})").format(
+                sql.SQL(", ").join(sql.Identifier(name) for name in table.primary_key)
+            )
+        columns = column_list(table.copied_columns, None)
+        inserted: list[Key] = [
+            tuple(key)
+            for (key,) in self._destination.execute(
+                sql.SQL(
+                    "INSERT INTO {} AS t ({}) OVERRIDING SYSTEM VALUE SELECT {} FROM {}"
+                    " ON CONFLICT {} DO NOTHING RETURNING {}"
+                ).format(
+                    table.name.identifier,
+                    columns,
+                    columns,
+                    WAITING_ROOM,
+                    arbiter,
+                    key_array(table, "t"),
+                )
+            ).fetchall()
+        ]
+        if not found and len(inserted) < count:
+            found = list(_collisions(self._destination, table))
+        return inserted, {one.here for one in found}
+
+    def _waiting(self, table: Table) -> set[Key]:
+        statement = sql.SQL("SELECT {} FROM {} AS t").format(key_array(table, "t"), WAITING_ROOM)
+        return {tuple(key) for (key,) in self._destination.execute(statement)}
 
     def renew(self, table: Table, keys: Collection[Key]) -> None:
         """Make `keys`, which follow the source, as they are there; those that are gone come back.
@@ -119,6 +202,7 @@ class TakeOver:
 
         Raises:
             psycopg.errors.UniqueViolation: another row has one of their unique values.
+            PermanentError: as before, of a deferrable key.
         """
         with waiting_room(self._destination, table):
             self._carry(
@@ -126,6 +210,10 @@ class TakeOver:
                 sql.SQL("FROM {} AS t {}").format(table.name.identifier, keys_join(table, keys)),
                 WAITING_ROOM,
             )
+            if any(unique.deferrable for unique in table.uniques):
+                for one in _collisions(self._destination, table):
+                    if one.here not in keys:
+                        raise self._refusal(table, one)
             if not must_be_replaced(table):
                 try:
                     with self._destination.transaction():
@@ -209,27 +297,6 @@ class TakeOver:
             prepare=False,
         )
 
-    def _clears_the_way(self, table: Table, keys: Collection[Key]) -> bool:
-        """Whether the rows stand only in each other's way, having swapped unique values.
-
-        Raises:
-            PermanentError: a row stands in the way that is none of them.
-        """
-        swapped = False
-        for name, expressions, here, coming in _collisions(self._destination, table):
-            if here not in keys:
-                raise PermanentError(
-                    f"key collision: {table.name} row {', '.join(coming)} cannot become as it is at"
-                    f" the source: row {', '.join(here)} at the destination has the same {name}"
-                    f" ({', '.join(expressions)})",
-                    hint="make both cells agree on these rows (same key, same unique values),"
-                    " then run the step again",
-                    organization=self._scope.organization,
-                    where=str(table.name),
-                )
-            swapped = True
-        return swapped or must_be_replaced(table)
-
     def _update(self, table: Table) -> None:
         columns = [
             column for column in table.copied_columns if column.name not in table.primary_key
@@ -278,16 +345,14 @@ def _same_key(table: Table) -> sql.Composed:
     )
 
 
-def _collisions(
-    connection: psycopg.Connection[Any], table: Table
-) -> Iterator[tuple[str, tuple[str, ...], Key, Key]]:
-    """Yield what is unique by which barrier, the row that has it, and the row that waits for it.
+def _collisions(connection: psycopg.Connection[Any], table: Table) -> Iterator[_Collision]:
+    """Yield the rows that have unique values of rows that wait.
 
     Looked for beforehand: the replica role does not check deferrable keys.
     """
     for barrier in barriers(connection, table):
         for here, coming in connection.execute(_colliding(table, barrier)).fetchall():
-            yield barrier.name, barrier.expressions, tuple(here), tuple(coming)
+            yield _Collision(barrier.name, barrier.expressions, tuple(here), tuple(coming))
 
 
 def _colliding(table: Table, barrier: Barrier) -> sql.Composed:
