@@ -10,9 +10,9 @@ import psycopg
 import pytest
 from psycopg import IsolationLevel, sql
 
-from cellferry.errors import DrainTimeout
+from cellferry.errors import DrainTimeout, Unreachable
 from cellferry.model import GateState, Side
-from cellferry.stores.postgres import gate, leftovers
+from cellferry.stores.postgres import gate, leftovers, sessions
 from fixtures.ferry import Registry
 from fixtures.gated import GatedCell, eventually
 
@@ -95,3 +95,26 @@ def test_a_gate_that_is_made_again_closes_although_somebody_does_not_end(
     assert not restore(gated), "it was closed before"
     with pytest.raises(psycopg.Error, match="has moved"):
         gated.run("UPDATE projects SET name = 'x' WHERE id = 1")
+
+
+def test_a_controller_that_hangs_while_it_makes_a_gate_holds_up_no_others(
+    gated: GatedCell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "STANDSTILL_S", 1)
+    move = gated.move(3)
+    mover = gated.mover()
+    gate.take_lease(mover, move)
+
+    def hang() -> None:
+        with sessions.translate_errors("cell-1"), gate.fenced(mover, move):
+            mover.execute(
+                "INSERT INTO cellferry.gate (organization, state, armed, migration, attempt, epoch)"
+                " VALUES ('3', 'open', true, 3, 1, 1)"
+            )
+            gated.arm(2)  # waits for the transaction here, which is ended
+            mover.execute("SELECT 1")
+
+    with pytest.raises(Unreachable):
+        hang()
+    assert gate.state(gated.mover(), "2") is not None
+    assert gate.state(gated.mover(), "3") is None

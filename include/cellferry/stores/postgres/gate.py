@@ -50,6 +50,9 @@ LONGEST_DRAIN_ATTEMPT_S = 1.0
 
 POLL_S = 0.02
 
+STANDSTILL_S = 20
+"""How long a controller may stand still while it makes a gate."""
+
 
 @dataclass(frozen=True, slots=True)
 class Gate:
@@ -220,7 +223,7 @@ def arm(connection: Connection, move: Move, progress: Progress | None = None) ->
         AuthorityViolation: the cell's gate says that another cell has authority.
         WrongState: the gate is not open.
     """
-    with _fenced(connection, move):
+    with fenced(connection, move):
         changed = connection.execute(
             """
             INSERT INTO cellferry.gate AS gate
@@ -249,7 +252,7 @@ def import_gate(connection: Connection, move: Move, progress: Progress | None = 
         LeaseLost: a newer attempt has the lease.
         WrongState: another migration's gate is there.
     """
-    with _fenced(connection, move):
+    with fenced(connection, move):
         changed = connection.execute(
             """
             INSERT INTO cellferry.gate AS gate
@@ -448,8 +451,17 @@ def _change(
 
 
 @contextmanager
-def _fenced(connection: Connection, move: Move) -> Iterator[None]:
+def fenced(connection: Connection, move: Move) -> Iterator[None]:
+    """Make or change a gate in a transaction that holds the lease, and does not hang.
+
+    Making a gate's mark is for one at a time in each cell: the server ends a transaction whose
+    controller stands still, so that other organizations' moves go on.
+
+    Raises:
+        LeaseLost: a newer attempt has it.
+    """
     with connection.transaction():
+        sessions.set_locally(connection, "idle_in_transaction_session_timeout", f"{STANDSTILL_S}s")
         hold_lease(connection, move)
         yield
 

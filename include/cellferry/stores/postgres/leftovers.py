@@ -154,8 +154,7 @@ def _restore_moved(connection: Connection, move: Move) -> None:
     Raises:
         WrongState: it is another migration's, or later than this one.
     """
-    with connection.transaction():
-        gate.hold_lease(connection, move)
+    with gate.fenced(connection, move):
         changed = connection.execute(
             """
             INSERT INTO cellferry.gate AS gate

@@ -182,6 +182,7 @@ _BY_STATE: dict[str, tuple[type[CellferryError], str | None]] = {
     "53200": (TransientError, "the server is out of memory or lock space; look at its load"),
     "53300": (Unreachable, "the server has no connection to spare; raise max_connections"),
     "53": (TransientError, None),
+    "25P03": (Unreachable, "this process stood still in a transaction; try again"),
     "25006": (PermanentError, "the connection leads to a standby; point it at the primary"),
     "40": (TransientError, None),
     "55P03": (TransientError, "another transaction holds the lock; see pg_locks"),
