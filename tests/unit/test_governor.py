@@ -153,7 +153,7 @@ def test_it_begins_low_and_doubles_until_the_first_complaint() -> None:
     assert cell.share == FIRST
 
     made = cell.probe(good(2.2))
-    assert [one.after for one in made] == pytest.approx([0.4, 0.8])
+    assert [one.after for one in made] == pytest.approx([FIRST * 2, FIRST * 4])
 
     cell.probe([BAD_S, BAD_S])
     (later,) = cell.probe(good(1.1))

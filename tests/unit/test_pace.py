@@ -119,14 +119,15 @@ def test_waiting_for_the_rate_is_no_work(clock: Clock, monkeypatch: pytest.Monke
     assert pace.rested_s == pytest.approx(0.1, rel=0.1)
 
 
-def test_work_of_a_moment_begins_nothing(clock: Clock) -> None:
+def test_work_of_a_moment_begins_nothing_and_is_gentle(clock: Clock) -> None:
     begun: list[Pace] = []
     pace = Pace("postgres", None, begun.append)
     pace.start()
-    work(clock, pace, 9, Pace.BEGIN_AFTER_S / 10)
+    piece_s = Pace.BEGIN_AFTER_S * Pace.UNSEEN / 10
+    assert work(clock, pace, 9, piece_s) == pytest.approx(Pace.UNSEEN, rel=0.02)
     assert begun == []
 
-    work(clock, pace, 3, Pace.BEGIN_AFTER_S / 10)
+    work(clock, pace, 3, piece_s)
     assert begun == [pace]
 
 

@@ -16,7 +16,7 @@ from enum import StrEnum
 #: Least share: work goes on, however slow the cell is.
 FLOOR = 0.05
 #: A share to begin with; it doubles each second until the first complaint, then grows slowly.
-FIRST = 0.2
+FIRST = 0.1
 #: What a decrease leaves of the share.
 DECREASE = 0.5
 #: What is added each second that all is well; movers at one cell divide it between them.
@@ -72,8 +72,8 @@ class Aim:
     idle_s: float | None = None
 
     #: An automatic target is this many times the idle p95, and at least so much more (seconds).
-    FACTOR = 2.0
-    LEAST_ROOM_S = 0.005
+    FACTOR = 1.5
+    LEAST_ROOM_S = 0.002
 
     @classmethod
     def over(cls, idle_s: float) -> Aim:

@@ -91,7 +91,9 @@ class Pace:
     """
 
     #: A step that works for a shorter time (seconds) is over before anything could be decided.
-    BEGIN_AFTER_S = 1.0
+    BEGIN_AFTER_S = 0.25
+    #: Its share until then, where work is paced: nobody knows yet how the cells do.
+    UNSEEN = 0.1
     #: Rests that are shorter than this (seconds) are saved up: a sleep is not more precise.
     SHORTEST_S = 0.0005
     #: After one piece of work, however long it took, rest at most so long (seconds). A server that
@@ -106,7 +108,7 @@ class Pace:
         progress: Progress | None = None,
         begin: Callable[[Pace], None] | None = None,
     ) -> None:
-        self.share = 1.0
+        self.share = 1.0 if begin is None else self.UNSEEN
         self.rested_s = 0.0
         self.news: str | None = None
         self._store = store
