@@ -7,6 +7,7 @@ settings.register_profile("cellferry", deadline=None, suppress_health_check=[Hea
 settings.load_profile("cellferry")
 
 pytest_plugins = [
+    "fixtures.patience",
     "fixtures.postgres",
     "fixtures.valkey",
     "fixtures.ferry",
