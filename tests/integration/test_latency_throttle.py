@@ -275,7 +275,7 @@ def test_movers_at_one_cell_share_its_budget(cells: TwoCells, acme: Organization
     with cells.context() as context:
         attempt = context.topology.take_lease(other, "elsewhere", Actor("test"))
         teller = context.topology.pace_teller(other, attempt, "postgres")
-        row = PaceRow("cell-2", "postgres", other, "copy", 0.3, note="slowed")
+        row = PaceRow("cell-2", "postgres", other, "copy", 0.16, note="slowed")
         alone = teller.tell(row, decided=True)
         assert alone is not None
         assert alone.others == 0
@@ -294,7 +294,7 @@ def test_movers_at_one_cell_share_its_budget(cells: TwoCells, acme: Organization
     assert company[0].others == 1
     assert company[0].limited
     assert facts["cell-2"]["shared"] == 1
-    assert facts["cell-2"]["lowest_share"] <= 0.15, "half of what the other one had"
+    assert facts["cell-2"]["lowest_share"] <= 0.08, "half of what the other one had"
     assert facts["cell-1"]["shared"] == 0
 
 
@@ -410,7 +410,7 @@ def test_an_idle_cell_gives_the_target_and_the_next_mover_believes_it(
         found.append(facts)
 
     assert found[0]["idle_ms"] > 0
-    assert found[0]["target_ms"] >= found[0]["idle_ms"] + 5
+    assert found[0]["target_ms"] >= found[0]["idle_ms"] + 1.98, "both are rounded"
     assert found[1]["idle_ms"] == found[0]["idle_ms"]
 
 
