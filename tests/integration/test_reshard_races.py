@@ -251,7 +251,7 @@ def test_a_claim_waits_for_a_shard_that_becomes_a_primary_again(
             assert claiming.is_alive()
         finally:
             old.replicaof("NO", "ONE")
-    claiming.join(30)
+    claiming.join()
     assert accepted == [True]
 
 

@@ -171,7 +171,7 @@ def test_values_wait_while_the_shards_switch(store: ShardedStore, shard_world: S
     assert waiting.is_alive()
     assert not counted
     shard_world.go(ShardState.DUAL_READ_NEW)
-    waiting.join(30)
+    waiting.join()
     assert counted == [2]
     assert shard_world.where(id_) == sorted({owner_of(id_, 3), owner_of(id_, 4)})
 
@@ -228,7 +228,7 @@ def test_the_next_state_waits_for_what_is_under_way(
         shard_world.go(ShardState.SWITCHING, timeout_s=0.5)
     assert store.state is ShardState.DUAL_READ_OLD, "what begins now follows the new state"
     released.set()
-    claiming.join(30)
+    claiming.join()
     shard_world.go(ShardState.SWITCHING)
 
 
@@ -357,7 +357,7 @@ def test_a_stale_copy_at_the_other_owner_costs_nobody_an_id(
         claiming.start()
         claiming.join(0.3)
         shard_world.bring_over(shard_world.control.resharding(one.id))
-        claiming.join(30)
+        claiming.join()
         assert claims[0].accepted
 
         new.set(PREFIX + held, b"stays")
@@ -400,7 +400,7 @@ def test_in_the_same_order_the_protocol_accepts_each_id_once(
             going = threading.Thread(target=shard_world.go_until, args=(state,))
             going.start()
             assert offered_during_a_rolling_restart(ids, before, after) == []
-            going.join(30)
+            going.join()
             assert offered_during_a_rolling_restart(ids, before, after) == []
 
 
