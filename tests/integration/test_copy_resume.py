@@ -16,6 +16,7 @@ from cellferry.model import Endpoint, Limits, Move, Side
 from cellferry.stores.postgres import copier
 from cellferry.stores.postgres.store import PostgresStore
 from fixtures.ferry import Ferry, Quiet, Registry, make_ferry
+from fixtures.patience import be_patient
 from fixtures.postgres import FreshDatabases, postgres_versions
 
 BATCH = 100
@@ -30,6 +31,7 @@ def copy_in_a_process(move: Move, reports: Any) -> None:
             if what[2] >= 1200:
                 time.sleep(600)
 
+    be_patient(pytest.MonkeyPatch())
     with PostgresStore().open(move, Registry(), Telling()) as opened:
         opened.fence()
         opened.copy()

@@ -40,6 +40,7 @@ from cellferry.shards.points import Point
 from cellferry.shards.report import status
 from cellferry.shards.states import ShardState
 from cellferry.shards.watch import Limits
+from fixtures.patience import be_patient
 from fixtures.shards import ACTOR, ShardWorld, ring
 
 PAUSE_S = 120.0
@@ -179,6 +180,7 @@ def _act(
         if point is kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
+    be_patient(pytest.MonkeyPatch())
     points.listen(reached)
     if not has_warden:
         switching._warden = lambda *_: nullcontext(NoWarden())  # type: ignore[assignment]
