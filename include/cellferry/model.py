@@ -152,6 +152,8 @@ class Limits:
     """Longest wait for transactions older than the arming of a gate."""
     batch_rows: int = 50_000
     batch_bytes: int = 8 * 1024 * 1024
+    copy_lanes: int = 2
+    """Tables of a large organization that are copied at once, at full speed."""
 
 
 @dataclass(frozen=True, slots=True)

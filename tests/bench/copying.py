@@ -37,9 +37,9 @@ export* is what `pg_dump` would write if it could select rows: one script with `
 for each table, then `psql` runs it. *Native replication* is a publication with row filters and a
 subscription with `copy_data` and `binary`, timed until all tables are ready; it leaves out what
 its filters cannot name, so it is compared by rows a second. cellferry's figure is the whole copy
-step: connecting, arming the capture, counting, copying with a checkpoint in each batch's own
-transaction, and finding and bringing the users. CPU of the topology's server is in cellferry's
-total. Not run: pgcopydb and pgbelt copy whole tables or databases and cannot select an
+step: connecting, arming the capture, counting, copying two tables at once with a checkpoint in each
+batch's own transaction, and finding and bringing the users. CPU of the topology's server is in
+cellferry's total. Not run: pgcopydb and pgbelt copy whole tables or databases and cannot select an
 organization's rows.
 """
 
@@ -311,9 +311,9 @@ def _section(
                 rate(CELLFERRY) / rate(NATIVE),
                 at_least=True,
                 why=(
-                    "native replication copies two tables at once (`max_sync_workers_per_"
-                    "subscription`), cellferry one after the other, bound by the one backend that"
-                    " writes; by processor time cellferry copies"
+                    "both copy two tables at once (`max_sync_workers_per_subscription`,"
+                    " `copy_lanes`), on two cores that they share with the source; by processor"
+                    " time cellferry copies"
                     f" {rows[CELLFERRY] / cpu(CELLFERRY):,.0f} rows a CPU second and native"
                     f" {rows[NATIVE] / cpu(NATIVE):,.0f}"
                 ),

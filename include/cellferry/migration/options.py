@@ -35,6 +35,9 @@ class MoveOptions(BaseModel):
         "there.",
     )
     batch_rows: int = Field(50_000, ge=100, le=500_000, description="Rows in one batch.")
+    copy_lanes: int = Field(
+        2, ge=1, le=4, description="Tables of a large organization that are copied at once."
+    )
     pause_budget_ms: int = Field(
         1_000, ge=20, le=600_000, description="Longest write pause that may be predicted."
     )
@@ -116,6 +119,7 @@ class MoveOptions(BaseModel):
             freeze_deadline_s=self.freeze_deadline_s,
             arm_deadline_s=self.arm_deadline_s,
             batch_rows=self.batch_rows,
+            copy_lanes=self.copy_lanes,
         )
 
     @property

@@ -116,8 +116,8 @@ def migrate_organizations_params() -> dict[str, Param]:
             maximum=60_000,
             title="Latency target (ms)",
             description="Moving slows down while the p95 of small writes and reads at one of the "
-            "two cells is over it. Empty: never. 0: over twice what they take while nothing moves "
-            "there.",
+            "two cells is over it. Empty: never. 0: over 1.5 times what they take while nothing "
+            "moves there.",
             section=SPEED,
         ),
         "batch_rows": Param(
@@ -128,6 +128,17 @@ def migrate_organizations_params() -> dict[str, Param]:
             title="Rows in a batch",
             description="Rows copied in one transaction. A killed copy repeats at most one batch "
             "of each stream.",
+            section=SPEED,
+        ),
+        "copy_lanes": Param(
+            2,
+            type="integer",
+            minimum=1,
+            maximum=4,
+            title="Tables copied at once",
+            description="When an organization has more than 50,000 rows beside its largest table; "
+            "each table has a connection of its own to each cell. 1 is gentler. With rows_per_s or "
+            "latency_target_ms it is 1.",
             section=SPEED,
         ),
         "pause_budget_ms": Param(

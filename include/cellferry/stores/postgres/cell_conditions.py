@@ -24,7 +24,7 @@ LONG_TRANSACTION_S = 10.0
 """Writing transactions older than this are named; the arming of a gate waits for all of them."""
 
 CONNECTIONS_NEEDED = 6
-"""Sessions that one move holds in one cell at its busiest moment."""
+"""Sessions that one move holds in one cell at its busiest moment; a copy of four tables, five."""
 
 
 def check_cell(examination: Examination, site: Site, side: Side) -> Iterator[Blocker]:

@@ -5,16 +5,20 @@ so that nothing is sorted or looked up again for each batch. A statement is give
 behind the last committed key when it gets old: a copy never holds a snapshot for long.
 
 What changes while a table is read is in the key log; rounds repair it. So a copy may be killed at
-any moment and goes on behind its last checkpoint: at most one batch is sent twice.
+any moment and goes on behind its last checkpoint: at most one batch of each table that was being
+copied is sent twice.
+
+Each backend that writes is bound by one processor. So a large organization is copied in lanes, of
+which each has a table and two connections of its own (see `lanes`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
+from typing import Any, Protocol
 
 import psycopg
 from psycopg import sql
@@ -22,11 +26,13 @@ from psycopg import sql
 from cellferry.errors import PermanentError
 from cellferry.model import Copied, Move, Progress
 from cellferry.phases import Phase, reach
+from cellferry.stores.pace import FULL_SPEED
 from cellferry.stores.postgres import checkpoints
 from cellferry.stores.postgres.checkpoints import Checkpoint
 from cellferry.stores.postgres.conflicts import WAITING_ROOM, admit, clear_the_way, waiting_room
+from cellferry.stores.postgres.lanes import Agenda, Lane, Lanes
 from cellferry.stores.postgres.references import ReferencedRows
-from cellferry.stores.postgres.schema import Table
+from cellferry.stores.postgres.schema import Name, Table
 from cellferry.stores.postgres.scope import Key, Scope
 from cellferry.stores.postgres.transactions import write
 from cellferry.stores.postgres.wire import Inlet, Outlet, Wire
@@ -42,20 +48,84 @@ LOOK_EVERY_S = 2.0
 LEAST_ROWS = 1_000
 LEAST_BYTES = 256 * 1024
 
+#: A lane is worth its connections if so many rows can be copied beside those of the largest table:
+#: they take about as long as ten times connecting, at 150,000 rows a second.
+LANE_ROWS = 50_000
+
 #: Marks the checkpoint of the referenced rows of an owned table.
 REFERENCES_OF = "references of "
+
+Connection = psycopg.Connection[Any]
+
+#: Opens two sessions as `Copier` takes them, at the source and at the destination; closes them.
+Connect = Callable[[], AbstractContextManager[tuple[Connection, Connection]]]
 
 
 class _GivenUp(Exception):
     """Ends a statement at the source early; never leaves this module."""
 
 
-@dataclass
-class _Tally:
-    count: int = 0
-    bytes: int = 0
-    batches: int = 0
-    recopied: int = 0
+class _Teller(Protocol):
+    """To whom a copy of tables tells what it did, and who says whether it may go on."""
+
+    def check(self) -> None:
+        """Raise when the copy must stop; called before each batch."""
+
+    def committed(self, table: Table, before: Checkpoint, after: Checkpoint) -> None:
+        """Take note of a batch; what this raises ends the copy."""
+
+    def recopied(self, rows: int) -> None:
+        """Take note of rows that an earlier attempt had sent."""
+
+
+class _Account(_Teller):
+    """What all of a copy has done so far, as it is reported. For the step's own thread."""
+
+    def __init__(self, progress: Progress, marks: Mapping[str, Checkpoint], expected: int) -> None:
+        self._progress = progress
+        self.count = sum(mark.rows for mark in marks.values())
+        self.bytes = sum(mark.bytes for mark in marks.values())
+        self.batches = 0
+        self.sent_again = 0
+        self._total = self.count + expected
+
+    def check(self) -> None:
+        self._progress.check()
+
+    def committed(self, table: Table, before: Checkpoint, after: Checkpoint) -> None:
+        rows = after.rows - before.rows
+        self.count += rows
+        self.bytes += after.bytes - before.bytes
+        self.batches += 1 if rows else 0
+        self.report(str(table.name))
+        reach(Phase.COPY_BATCH)
+
+    def recopied(self, rows: int) -> None:
+        self.sent_again += rows
+
+    def report(self, note: str) -> None:
+        self._progress.report("postgres", "copy", self.count, self._total, "rows", note)
+
+
+class _FromLane(_Teller):
+    """Passes on what one lane does to the account, in the step's own thread."""
+
+    def __init__(self, lane: Lane, account: _Account) -> None:
+        self._lane = lane
+        self._account = account
+
+    def check(self) -> None:
+        self._lane.check()  # the account is asked with each batch that it is told of
+
+    def committed(self, table: Table, before: Checkpoint, after: Checkpoint) -> None:
+        def tell() -> None:
+            self._account.committed(table, before, after)
+            self._account.check()
+
+        self._lane.send(tell)
+
+    def recopied(self, rows: int) -> None:
+        self._lane.send(lambda: self._account.recopied(rows))
 
 
 class Copier:
@@ -64,17 +134,20 @@ class Copier:
     Args:
         source: in autocommit mode.
         destination: in autocommit mode, with the replica role.
+        connect: makes two more such sessions at the same servers, for one lane. Without it all
+            tables are copied one after the other.
     """
 
     def __init__(
         self,
-        source: psycopg.Connection[Any],
-        destination: psycopg.Connection[Any],
+        source: Connection,
+        destination: Connection,
         scope: Scope,
         wires: Mapping[str, Wire],
         move: Move,
         progress: Progress,
         throttle: Throttle | None = None,
+        connect: Connect | None = None,
     ) -> None:
         self._source = source
         self._destination = destination
@@ -83,10 +156,8 @@ class Copier:
         self._move = move
         self._progress = progress
         self._throttle = throttle or Throttle(move.throttle.rows_per_s)
+        self._connect = connect
         self._references = ReferencedRows(source, destination, scope, wires, move.migration)
-        self._tally = _Tally()
-        self._total: int | None = None
-        self._look_again_at = 0.0
 
     def run(self) -> Copied:
         """Copy every table from its last checkpoint on, then the referenced rows. Repeatable.
@@ -97,46 +168,114 @@ class Copier:
         """
         started = time.monotonic()
         marks = checkpoints.read(self._destination, self._move.migration)
-        self._tally = _Tally(
-            count=sum(mark.rows for mark in marks.values()),
-            bytes=sum(mark.bytes for mark in marks.values()),
-        )
-        self._total = self._expected(marks)
+        tables = [table for table in self._scope.tables if not _mark(marks, table.name).done]
+        expected = {table.name: self._count(table, _mark(marks, table.name)) for table in tables}
+        account = _Account(self._progress, marks, sum(expected.values()))
+        lanes = self._lanes(expected.values())
+        if lanes > 1 and self._connect is not None:
+            agenda = Agenda(tables, expected)
+            self._copy_in_lanes(lanes, self._connect, agenda, marks, account)
+        else:
+            one = self._tables(self._source, self._destination, account)
+            for table in tables:
+                one.copy(table, _mark(marks, table.name))
         for table in self._scope.tables:
-            mark = marks.get(str(table.name), Checkpoint(str(table.name)))
-            if not mark.done:
-                self.copy_table(table, mark)
-        for table in self._scope.tables:
-            mark = marks.get(
-                REFERENCES_OF + str(table.name), Checkpoint(REFERENCES_OF + str(table.name))
-            )
+            mark = _mark(marks, REFERENCES_OF + str(table.name))
             if not mark.done and self._references.foreign_keys(table):
-                self._copy_references(table, mark)
-        self._report("done")
+                self._copy_references(table, mark, account)
+        account.report("done")
         return Copied(
-            count=self._tally.count,
-            bytes=self._tally.bytes,
+            count=account.count,
+            bytes=account.bytes,
             seconds=time.monotonic() - started,
-            batches=self._tally.batches,
-            recopied=self._tally.recopied,
+            batches=account.batches,
+            recopied=account.sent_again,
         )
 
-    def _expected(self, marks: Mapping[str, Checkpoint]) -> int:
-        """Count what is still to copy, and add what is done."""
-        expected = sum(mark.rows for mark in marks.values())
-        for table in self._scope.tables:
-            mark = marks.get(str(table.name), Checkpoint(str(table.name)))
-            if mark.done:
-                continue
-            row = self._source.execute(
-                sql.SQL("SELECT count(*) FROM {} AS t WHERE {}").format(
-                    table.name.identifier, self._range(table, mark.last_key)
-                )
-            ).fetchone()
-            expected += int(row[0]) if row else 0
-        return expected
+    def _count(self, table: Table, mark: Checkpoint) -> int:
+        """Count what is still to copy."""
+        row = self._source.execute(
+            sql.SQL("SELECT count(*) FROM {} AS t WHERE {}").format(
+                table.name.identifier, _range(self._scope, table, mark.last_key)
+            )
+        ).fetchone()
+        return int(row[0]) if row else 0
 
-    def copy_table(self, table: Table, mark: Checkpoint) -> Checkpoint:
+    def _lanes(self, expected: Collection[int]) -> int:
+        """Return how many lanes pay. Whoever shall be slow has one: it keeps the pace and rate."""
+        if self._throttle.pace is not FULL_SPEED or self._throttle.per_second is not None:
+            return 1
+        beside_the_largest = sum(expected) - max(expected, default=0)
+        return min(self._move.limits.copy_lanes, 1 + beside_the_largest // LANE_ROWS)
+
+    def _copy_in_lanes(
+        self,
+        lanes: int,
+        connect: Connect,
+        agenda: Agenda,
+        marks: Mapping[str, Checkpoint],
+        account: _Account,
+    ) -> None:
+        def copy(lane: Lane) -> None:
+            with connect() as (source, destination), lane.cancellable(source, destination):
+                tables = self._tables(source, destination, _FromLane(lane, account))
+                while (table := agenda.take()) is not None:
+                    tables.copy(table, _mark(marks, table.name))
+                    agenda.done(table)
+
+        account.check()
+        Lanes(lanes).run(copy, meanwhile=account.check, on_end=agenda.close)
+
+    def _tables(self, source: Connection, destination: Connection, teller: _Teller) -> _TableCopier:
+        return _TableCopier(
+            source, destination, self._scope, self._wires, self._move, self._throttle, teller
+        )
+
+    def _copy_references(self, table: Table, mark: Checkpoint, account: _Account) -> None:
+        """Bring the referenced rows that all of `table` needs."""
+
+        def in_transaction(work: Any) -> None:
+            self._progress.check()
+            with write(self._destination, self._move):
+                work()
+            reach(Phase.COPY_BATCH)
+
+        rows, size = 0, 0
+        for foreign_key, values in self._references.needed_by_all(table):
+            if values:
+                brought, volume = self._references.bring([(foreign_key, values)], in_transaction)
+                rows += brought
+                size += volume
+        with write(self._destination, self._move):
+            new = replace(mark, rows=rows, bytes=size, done=True)
+            checkpoints.write(self._destination, self._move.migration, new)
+        account.committed(table, mark, new)
+        self._throttle.take(rows, self._progress.check)
+
+
+class _TableCopier:
+    """Copies tables one after the other, on two connections."""
+
+    def __init__(
+        self,
+        source: Connection,
+        destination: Connection,
+        scope: Scope,
+        wires: Mapping[str, Wire],
+        move: Move,
+        throttle: Throttle,
+        teller: _Teller,
+    ) -> None:
+        self._source = source
+        self._destination = destination
+        self._scope = scope
+        self._wires = wires
+        self._move = move
+        self._throttle = throttle
+        self._teller = teller
+        self._look_again_at = 0.0
+
+    def copy(self, table: Table, mark: Checkpoint) -> None:
         """Copy `table` behind `mark` to its end."""
         resumed = mark.last_key is not None
         while not mark.done:
@@ -148,9 +287,8 @@ class Copier:
                 mark = self._stretch(table, mark)
             if resumed:
                 # An attempt that was killed may have sent up to one batch that was not committed.
-                self._tally.recopied += min(mark.rows - before.rows, self._move.limits.batch_rows)
+                self._teller.recopied(min(mark.rows - before.rows, self._move.limits.batch_rows))
                 resumed = False
-        return mark
 
     def _stretch(self, table: Table, mark: Checkpoint) -> Checkpoint:
         """Run one statement at the source, cut into batches; return how far it got."""
@@ -172,7 +310,7 @@ class Copier:
 
     def _batch(self, table: Table, wire: Wire, outlet: Outlet, mark: Checkpoint) -> Checkpoint:
         """Send up to one batch of the rows of `outlet` and commit it with its checkpoint."""
-        self._progress.check()
+        self._teller.check()
         self._check_room()
         max_rows, max_bytes = self._bounds()
         inlet = Inlet(self._destination, wire, pace=self._throttle.pace)
@@ -203,7 +341,7 @@ class Copier:
         The organization's own rows in the way are stale: a unique value moved between a copied
         and an uncopied batch. They go; their keys are in the log and rounds bring them back.
         """
-        self._progress.check()
+        self._teller.check()
         self._check_room()
         wire = self._wires[str(table.name)]
         with write(self._destination, self._move):
@@ -276,51 +414,15 @@ class Copier:
             )
 
     def _committed(self, table: Table, before: Checkpoint, after: Checkpoint) -> None:
-        rows = after.rows - before.rows
-        self._tally.count += rows
-        self._tally.bytes += after.bytes - before.bytes
-        self._tally.batches += 1 if rows else 0
-        self._report(str(table.name))
-        reach(Phase.COPY_BATCH)
-        self._throttle.take(rows, self._progress.check)
-
-    def _copy_references(self, table: Table, mark: Checkpoint) -> None:
-        """Bring the referenced rows that all of `table` needs."""
-
-        def in_transaction(work: Any) -> None:
-            self._progress.check()
-            with write(self._destination, self._move):
-                work()
-            reach(Phase.COPY_BATCH)
-
-        rows, size = 0, 0
-        for foreign_key, values in self._references.needed_by_all(table):
-            if values:
-                brought, volume = self._references.bring([(foreign_key, values)], in_transaction)
-                rows += brought
-                size += volume
-        with write(self._destination, self._move):
-            new = replace(mark, rows=rows, bytes=size, done=True)
-            checkpoints.write(self._destination, self._move.migration, new)
-        self._committed(table, mark, new)
-
-    def _report(self, note: str) -> None:
-        self._progress.report("postgres", "copy", self._tally.count, self._total, "rows", note)
+        self._teller.committed(table, before, after)
+        self._throttle.take(after.rows - before.rows, self._teller.check)
 
     def _body(self, table: Table, after: Key | None, up_to: Key | None = None) -> sql.Composable:
         return sql.SQL("FROM {} AS t WHERE {} ORDER BY {}").format(
             table.name.identifier,
-            self._range(table, after, up_to),
+            _range(self._scope, table, after, up_to),
             sql.SQL(", ").join(sql.Identifier("t", column) for column in table.primary_key),
         )
-
-    def _range(self, table: Table, after: Key | None, up_to: Key | None = None) -> sql.Composable:
-        parts: list[sql.Composable] = [self._scope.owned(table)]
-        if after is not None:
-            parts.append(_compared(table, ">", after))
-        if up_to is not None:
-            parts.append(_compared(table, "<=", up_to))
-        return sql.SQL(" AND ").join(parts)
 
 
 class _Conflict(Exception):
@@ -335,6 +437,21 @@ class _Conflict(Exception):
 def _give_up_after(deadline: float) -> None:
     if time.monotonic() > deadline:
         raise _GivenUp
+
+
+def _mark(marks: Mapping[str, Checkpoint], relation: Name | str) -> Checkpoint:
+    return marks.get(str(relation), Checkpoint(str(relation)))
+
+
+def _range(
+    scope: Scope, table: Table, after: Key | None, up_to: Key | None = None
+) -> sql.Composable:
+    parts: list[sql.Composable] = [scope.owned(table)]
+    if after is not None:
+        parts.append(_compared(table, ">", after))
+    if up_to is not None:
+        parts.append(_compared(table, "<=", up_to))
+    return sql.SQL(" AND ").join(parts)
 
 
 def _compared(table: Table, operator: str, key: Key) -> sql.Composed:

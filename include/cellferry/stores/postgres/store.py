@@ -14,7 +14,15 @@ from typing import Any, ClassVar, TypeVar
 import psycopg
 from psycopg import sql
 
-from cellferry.errors import Blocked, NotPrepared, Unreachable, VerificationFailed, WrongState
+from cellferry.errors import (
+    Blocked,
+    CellferryError,
+    LeaseLost,
+    NotPrepared,
+    Unreachable,
+    VerificationFailed,
+    WrongState,
+)
 from cellferry.model import (
     Activity,
     Blocker,
@@ -61,7 +69,7 @@ from cellferry.stores.postgres import inventory as stock
 from cellferry.stores.postgres.apply import Applier
 from cellferry.stores.postgres.catalog import read_catalog
 from cellferry.stores.postgres.cleaner import Cleaner
-from cellferry.stores.postgres.copier import Copier
+from cellferry.stores.postgres.copier import Connect, Copier
 from cellferry.stores.postgres.crossings import find_crossings
 from cellferry.stores.postgres.examination import Examination, Site, examples
 from cellferry.stores.postgres.probe import PostgresProbe
@@ -87,6 +95,9 @@ PART_KEYS = 500
 
 #: Names the checkpoint that says of which attempt the destination has the last delta.
 LAST_DELTA = "last delta of attempt"
+
+#: How long (seconds) to see whether it was a newer attempt that ended our session.
+LEASE_WAIT_S = 1.0
 
 Connection = psycopg.Connection[Any]
 T = TypeVar("T")
@@ -259,7 +270,9 @@ class PostgresMove(StoreMove):
         Its search path has the application's schemas besides, so that operators of extension
         types (case-insensitive equality) are found before those of the types they cast to.
         """
-        connection = self._connection(side)
+        return self._made_mover(side, self._connection(side))
+
+    def _made_mover(self, side: Side, connection: Connection) -> Connection:
         schemas = sorted({table.name.schema for table in self._map.tables} | {"public"})
         with sessions.translate_errors(self._where(side)):
             sessions.set_for_session(connection, "session_replication_role", "replica")
@@ -269,6 +282,29 @@ class PostgresMove(StoreMove):
                 )
             )
         return connection
+
+    @contextmanager
+    def _lane(self) -> Iterator[tuple[Connection, Connection]]:
+        """Two more such sessions, at the very servers of the first two; closed at the end.
+
+        What is copied must be where the checkpoints were read, and read where keys are logged.
+        """
+        with ExitStack() as stack:
+            made = []
+            for side, first in ((Side.SOURCE, self._source), (Side.DESTINATION, self._destination)):
+                where = self._where(side)
+                connection = stack.enter_context(
+                    _closing(
+                        _endpoint(self.move.cell(side)).url,
+                        "copy",
+                        self.move,
+                        cell=self.move.cell(side),
+                    )
+                )
+                made.append(self._made_mover(side, connection))
+                with sessions.translate_errors(where):
+                    timeline.insist_on_one_server(connection, first, where)
+            yield made[0], made[1]
 
     @cached_property
     def _map(self) -> DataMap:
@@ -298,17 +334,27 @@ class PostgresMove(StoreMove):
             with sessions.translate_errors(where):
                 yield
         except Unreachable as error:
-            if isinstance(error.__cause__, psycopg.errors.AdminShutdown):
-                self._insist_on_lease()
+            if _broke(error.__cause__):
+                try:
+                    self._insist_on_lease()
+                except LeaseLost:
+                    raise
+                except CellferryError:
+                    raise error from error.__cause__
             raise
 
     def _insist_on_lease(self) -> None:
         """Raise if a newer attempt is the reason; a server that failed over may know of none."""
         with (
             sessions.translate_errors(self._where(Side.SOURCE)),
-            _closing(_endpoint(self.move.source).url, "lease", self.move) as connection,
+            # Without the attempt's name: it would be ended, too.
+            _closing(_endpoint(self.move.source).url, "lease") as connection,
         ):
-            gate.insist_on_newest(connection, self.move)
+            # A newer attempt ends older sessions first, then takes its lease.
+            deadline = time.monotonic() + LEASE_WAIT_S
+            while time.monotonic() < deadline:
+                gate.insist_on_newest(connection, self.move)
+                time.sleep(gate.POLL_S)
 
     # ── plan ────────────────────────────────────────────────────────────────────────────────────
 
@@ -344,7 +390,7 @@ class PostgresMove(StoreMove):
         """Take the lease in both cells; older attempts fail from now on."""
         for side in Side:
             self._intend(side, "lease", str(self.move.migration))
-            with sessions.translate_errors(self._where(side)):
+            with self._errors(), sessions.translate_errors(self._where(side)):
                 gate.take_lease(self._connection(side), self.move)
 
     def landmark(self, side: Side) -> Landmark | None:
@@ -424,7 +470,7 @@ class PostgresMove(StoreMove):
         """Copy everything from the last checkpoints on."""
         self._pace.start()
         with self._errors():
-            return self._copier().run()
+            return self._copier(self._lane).run()
 
     def sync(self) -> Round:
         """Run one round; at a slow pace in parts, so that none holds its locks for longer.
@@ -536,7 +582,7 @@ class PostgresMove(StoreMove):
                 self._rounds().bring_left()
             return self._round()
 
-    def _copier(self) -> Copier:
+    def _copier(self, connect: Connect | None = None) -> Copier:
         return Copier(
             self._source,
             self._destination,
@@ -545,6 +591,7 @@ class PostgresMove(StoreMove):
             self.move,
             self._progress,
             self._paced_throttle(),
+            connect,
         )
 
     def _paced_throttle(self) -> Throttle:
@@ -671,7 +718,7 @@ class PostgresMove(StoreMove):
                 )
 
             if self.move.strategy is Strategy.FREEZE_FIRST:
-                copied = self._copier().run()
+                copied = self._copier().run()  # no new connections under the gate
                 evidence["copied"] = copied.count
             _, applied = self._rounds().run_last(before_commit)
             compared = applied.compared
@@ -952,6 +999,19 @@ class PostgresMove(StoreMove):
 
 def _endpoint(cell: Cell) -> Endpoint:
     return cell.stores[KIND]
+
+
+def _broke(error: BaseException | None) -> bool:
+    """Whether a session ended that had been made. What the server said last may be lost on its way.
+
+    Of one that was ended by a newer attempt we are told so, or only that it is gone.
+    """
+    if not isinstance(error, psycopg.OperationalError) or error.sqlstate is not None:
+        return isinstance(error, psycopg.errors.AdminShutdown)
+    return not (
+        isinstance(error, psycopg.errors.ConnectionTimeout)
+        or str(error).startswith("connection failed")
+    )
 
 
 @contextmanager
