@@ -627,6 +627,16 @@ def test_a_role_without_connections_to_spare_blocks(cells: Cells, mover: str) ->
     assert {one.code for one in found} == {"connection-limit"}
 
 
+def test_a_publication_of_all_tables_is_a_warning(cells: Cells) -> None:
+    cells.source.execute("CREATE PUBLICATION ours FOR TABLES IN SCHEMA public")
+    assert "publishes-cellferry" not in {found.code for found in cells.check()}
+    cells.source.execute("CREATE PUBLICATION everything FOR ALL TABLES")
+    found = only(cells.check(), "publishes-cellferry")
+    assert found.where == "cell-1/postgres"
+    assert found.reason.startswith("everything publishes cellferry's own tables")
+    assert not found.fatal
+
+
 def test_a_standby_that_lags_blocks_until_it_is_accepted(
     cells: Cells, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -35,6 +35,7 @@ def check_cell(examination: Examination, site: Site, side: Side) -> Iterator[Blo
     yield from _connections(site)
     yield from _transactions(site, side)
     yield from _standbys(site)
+    yield from _publications(site)
 
 
 def _rows(site: Site, name: str, **arguments: Any) -> list[tuple[Any, ...]]:
@@ -166,6 +167,20 @@ def _transactions(site: Site, side: Side) -> Iterator[Blocker]:
             f"transaction {gid!r} of {owner} has been prepared for {seconds:,.0f} s and holds its"
             " locks; a move waits for it",
             "COMMIT PREPARED or ROLLBACK PREPARED it",
+        )
+
+
+def _publications(site: Site) -> Iterator[Blocker]:
+    names = [name for (name,) in _rows(site, "publications")]
+    if names:
+        yield warning(
+            "publishes-cellferry",
+            site.where(),
+            f"{listed(names)} {'publishes' if len(names) == 1 else 'publish'} cellferry's own"
+            " tables too: a subscriber that is a PostgreSQL server stops at the first change of a"
+            " table that it lacks",
+            "publish the application's schemas only (CREATE PUBLICATION … FOR TABLES IN SCHEMA …),"
+            " or make the tables of schema cellferry at the subscriber",
         )
 
 

@@ -77,6 +77,13 @@ FROM (SELECT to_regprocedure('cellferry.standbys()')::oid AS oid) AS p;
 -- name: seen_standbys
 SELECT name, address, sync_state FROM cellferry.standbys();
 
+-- name: publications
+-- Those of all tables count before there are any of ours.
+SELECT pubname::text FROM pg_publication WHERE puballtables
+UNION
+SELECT pubname::text FROM pg_publication_tables WHERE schemaname = 'cellferry'
+ORDER BY 1;
+
 -- name: settings
 SELECT current_setting('synchronous_standby_names'),
        current_setting('synchronous_commit'),
