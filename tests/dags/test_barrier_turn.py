@@ -9,6 +9,9 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
+
+from cellferry.orchestration import barrier_turn as module
 from cellferry.orchestration.barrier_turn import barrier_turn
 
 #: As a task does it: what Airflow does on SIGTERM returns.
@@ -89,6 +92,19 @@ def test_a_turn_that_lasts_for_long_keeps_nobody_from_a_roll_back(tmp_path: Path
             finally:
                 holder.kill()
                 waiter.kill()
+
+
+def test_a_task_that_is_tried_again_waits_for_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The try before it may have been killed, and left its organization frozen."""
+    monkeypatch.setattr(module, "LONGEST_WAIT_S", 0.1)
+    file = tmp_path / "turn"
+    with barrier_turn(file, try_number=1):
+        with barrier_turn(file, try_number=2):
+            assert caplog.text == ""
+        with barrier_turn(file, try_number=1):
+            assert "another barrier" in caplog.text
 
 
 def test_a_barrier_needs_no_turn_where_there_is_none(tmp_path: Path) -> None:

@@ -117,11 +117,11 @@ def roll_back(*, organization: Mapping[str, Any]) -> dict[str, Any]:
     from cellferry.migration import steps
     from cellferry.orchestration.params import read_roll_back_request
 
-    request = read_roll_back_request(get_current_context()["params"])
-    number = organization["migration"]
+    airflow, number = get_current_context(), organization["migration"]
+    request = read_roll_back_request(airflow["params"])
     with step_context(waited_for=not request.dry_run) as ferry:
         if not request.dry_run:
-            with barrier_turn():
+            with barrier_turn(try_number=airflow["ti"].try_number):
                 return brief(steps.roll_back(ferry, number, request.reason, ttl_s=request.ttl_s))
         found = steps.examine_return(ferry, number)
         for one in found:

@@ -195,10 +195,8 @@ def cutover(*, organization: Mapping[str, Any]) -> dict[str, Any]:
 
     airflow, number = get_current_context(), migration_of(organization)
     with ExitStack() as turn:
-        # The try before may have been killed, and the organization be frozen: wait for nobody then.
-        if airflow["ti"].try_number == 1:
-            # before the connections: to open them is work, too, beside somebody's barrier
-            turn.enter_context(barrier_turn())
+        # before the connections: to open them is work, too, beside somebody's barrier
+        turn.enter_context(barrier_turn(try_number=airflow["ti"].try_number))
         with step_context(waited_for=True) as ferry:
             result = brief(steps.cutover(ferry, number))
             turn.close()
