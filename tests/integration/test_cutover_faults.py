@@ -84,6 +84,34 @@ def kill_in(
             steps.cutover(context, migration)
 
 
+def test_writers_go_on_though_a_cutover_that_gave_up_hangs(
+    cells: TwoCells, acme: Organization
+) -> None:
+    """Open gates tell nobody of a lock that somebody keeps: it goes in the same moment."""
+    migration = ready(cells, acme)
+    begun = threading.Event()
+    thawed: list[Phase] = []
+    answers: list[str | None] = []
+
+    def hang(phase: Phase) -> None:
+        if phase is Phase.FROZEN_ALL:
+            begun.set()
+            raise RuntimeError("gives up")
+        if phase is Phase.THAWED_ONE and begun.is_set():
+            thawed.append(phase)
+            if len(thawed) == 2:  # both stores, and nothing was released yet
+                answers.append(refusal(cells, "cell-1"))
+
+    phases.listen(hang)
+    try:
+        with cells.context() as context, pytest.raises(RuntimeError, match="gives up"):
+            steps.cutover(context, migration)
+    finally:
+        phases.listen(None)
+    assert answers == [None]
+    assert cells.migration(migration).state is State.READY
+
+
 def test_a_controller_that_dies_before_it_thaws_leaves_no_frozen_source_to_a_retry_that_gives_up(
     cells: TwoCells, acme: Organization, monkeypatch: pytest.MonkeyPatch
 ) -> None:

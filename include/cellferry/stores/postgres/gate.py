@@ -374,6 +374,15 @@ _OPEN_RETAINED: LiteralString = (
 )
 
 
+#: An open gate is written as well: a freeze whose session was lost may still be committing.
+_THAW: LiteralString = """
+UPDATE cellferry.gate SET state = 'open', changed_at = now()
+WHERE organization = %(organization)s AND migration = %(migration)s
+  AND attempt = %(attempt)s AND epoch = %(epoch)s AND state IN ('open', 'frozen')
+"""
+_THAW_AND_UNLOCK: LiteralString = "BEGIN;" + _THAW + "; COMMIT; SELECT pg_advisory_unlock_all()"
+
+
 def thaw(connection: Connection, move: Move) -> None:
     """Before the flip: open the source again. Harmless where this migration froze nothing.
 
@@ -381,15 +390,11 @@ def thaw(connection: Connection, move: Move) -> None:
         LeaseLost: a newer attempt has the lease.
         WrongState: this migration handed over already.
     """
-    # An open gate is written as well: a freeze whose session was lost may still be committing.
-    changed = connection.execute(
-        "UPDATE cellferry.gate SET state = 'open', changed_at = now()"
-        " WHERE organization = %(organization)s AND migration = %(migration)s"
-        " AND attempt = %(attempt)s AND epoch = %(epoch)s AND state IN ('open', 'frozen')",
-        _facts(move),
-    ).rowcount
-    if changed == 1:
-        return
+    if connection.execute(_THAW, _facts(move)).rowcount != 1:
+        _insist_on_open(connection, move)
+
+
+def _insist_on_open(connection: Connection, move: Move) -> None:
     found = state(connection, move.organization.id)
     if found is None or found.migration != move.migration or found.state is GateState.OPEN:
         return
@@ -697,11 +702,20 @@ class Barrier:
                 raise
 
     def thaw(self) -> None:
-        """Open the source again and let waiting writers go on; see the function `thaw`."""
+        """Open the source again and let waiting writers go on; see the function `thaw`.
+
+        Both in one message: once it is sent they go on, whatever becomes of this process. A gate
+        that is open gives no reason to look for somebody who keeps its lock.
+        """
         session = self._connect()
         with sessions.translate_errors(self._where):
             try:
-                thaw(session, self._move)
+                with psycopg.ClientCursor(session) as cursor:
+                    cursor.execute(_THAW_AND_UNLOCK, _facts(self._move))
+                    cursor.nextset()  # what the UPDATE did, behind BEGIN
+                    is_open = cursor.rowcount == 1
+                if not is_open:
+                    _insist_on_open(session, self._move)
             finally:
                 self.release()
 

@@ -804,6 +804,9 @@ class PostgresMove(StoreMove):
 
     def thaw(self) -> None:
         """Open the source again, if this migration froze it."""
+        if self._barrier is not None:
+            self._barrier.thaw()
+            return
         with sessions.translate_errors(self._where(Side.SOURCE)):
             gate.thaw(self._connection(Side.SOURCE), self.move)
 
