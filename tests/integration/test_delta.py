@@ -31,10 +31,16 @@ class Voyage:
 
     def quickly(self) -> Applied | None:
         """Apply what is dirty in the quick way alone; None where it leaves it to the other."""
-        delta = self.move._rounds()._applier._delta
+        applier = self.move._rounds()._applier
+        vars(applier._references)["follow"] = None  # the general way
         with snapshot(self.move._source):
             dirty = read_log(self.move._source, "1")
-            return delta.apply(dirty.keys, None)
+        shared = applier._follow(applier._references.may_follow(dirty.keys), careful=None)
+        with snapshot(self.move._source):
+            applied = applier._delta.apply(dirty.keys, None)
+        if applied is not None:
+            applied.add(shared)
+        return applied
 
     def is_equal(self) -> bool:
         return self.ferry.content(Side.SOURCE, 1) == self.ferry.content(Side.DESTINATION, 1)

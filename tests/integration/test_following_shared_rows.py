@@ -28,10 +28,10 @@ def test_who_refers_to_a_row_while_it_is_brought_up_to_date_finds_it(
         move.copy()
     change = "email = 'changed'" if email else "plan_id = NULL"
     ferry.run(Side.SOURCE, f"UPDATE users SET {change} WHERE id = 2")
-    if quickly:
-        ferry.run(Side.SOURCE, "UPDATE issues SET title = 'x' WHERE id = 1")
-    kind, name = (Delta, "_bring") if quickly else (ReferencedRows, "follow")
-    original = getattr(kind, name)
+    kind = Delta if quickly else ReferencedRows
+    original = kind.follow
+    if not quickly:
+        monkeypatch.setattr(Delta, "can_follow", lambda *_: False)
 
     def refer() -> None:
         with ferry.session(Side.DESTINATION) as neighbour:
@@ -41,8 +41,8 @@ def test_who_refers_to_a_row_while_it_is_brought_up_to_date_finds_it(
     with ThreadPoolExecutor(1) as pool:
         referring: list[Future[None]] = []
 
-        def beside_a_neighbour(self: Any, *arguments: Any) -> Any:
-            result = original(self, *arguments)
+        def beside_a_neighbour(self: Any, *arguments: Any, **named: Any) -> Any:
+            result = original(self, *arguments, **named)
             referring.append(pool.submit(refer))
             waits = (
                 "SELECT 1 FROM pg_stat_activity"
@@ -52,7 +52,7 @@ def test_who_refers_to_a_row_while_it_is_brought_up_to_date_finds_it(
             return result
 
         with ferry.opened(ferry.move(attempt=2)) as move:
-            monkeypatch.setattr(kind, name, beside_a_neighbour)
+            monkeypatch.setattr(kind, "follow", beside_a_neighbour)
             move.sync()
         referring[0].result(60)
 
@@ -81,8 +81,9 @@ def run(cells: TwoCells, migration: int, *names: str) -> None:
 
 @pytest.mark.parametrize("seen", [False, True], ids=["changes after", "changes before"])
 @pytest.mark.parametrize("was_here", [True, False], ids=["was there", "was not there"])
+@pytest.mark.parametrize("came_from", ["cell-1", "cell-3", None])
 def test_what_was_left_to_a_move_that_is_aborted_is_brought_by_the_other(
-    shared: TwoCells, was_here: bool, seen: bool
+    shared: TwoCells, was_here: bool, seen: bool, came_from: str | None
 ) -> None:
     """Two organizations that share a user move at once; one brings it, and gives up."""
     rename = "UPDATE users SET name = 'renamed' WHERE id = 7000001"
@@ -91,7 +92,11 @@ def test_what_was_left_to_a_move_that_is_aborted_is_brought_by_the_other(
             connection.execute("INSERT INTO users VALUES (7000001, 'user7000001', 'stale')")
     first, second = (shared.plan(Organization(str(one), f"org-{one}")) for one in (7, 8))
     run(shared, first, "copy")
+    with shared.admin("cell-2") as connection:  # as if it came from there, or long ago
+        connection.execute("UPDATE cellferry.imported_row SET came_from = %s", (came_from,))
     run(shared, second, "copy")
+    brought = shared.admin("cell-2").execute("SELECT count(*) FROM cellferry.imported_row")
+    assert brought.fetchone() == (7 if came_from == "cell-1" else 6,)
 
     with shared.application("cell-1", autocommit=True) as writer:
         if seen:

@@ -32,6 +32,14 @@ class Applied:
     compared: int = 0
     hashes: dict[str, dict[str, str]] = field(default_factory=dict)
 
+    def add(self, more: Applied) -> None:
+        """Count what another application did as well."""
+        self.keys += more.keys
+        self.rows += more.rows
+        self.bytes += more.bytes
+        self.compared += more.compared
+        self.hashes.update(more.hashes)
+
 
 def deletes(scope: Scope, pending: Dirty) -> sql.Composed:
     """Return one statement that deletes all keys, each guarded by the organization.

@@ -15,10 +15,11 @@ from psycopg import sql
 
 from cellferry.errors import VerificationFailed
 from cellferry.model import Move
+from cellferry.stores.postgres import gate
 from cellferry.stores.postgres.applied import Applied, dangling, deletes, digests
 from cellferry.stores.postgres.children import children_of, tie
 from cellferry.stores.postgres.conflicts import WAITING_ROOM, admit, clear_the_way, waiting_room
-from cellferry.stores.postgres.delta import Delta
+from cellferry.stores.postgres.delta import Delta, UnusualError
 from cellferry.stores.postgres.ownership import owner_text
 from cellferry.stores.postgres.references import Needs, ReferencedRows, crossing, outward
 from cellferry.stores.postgres.row_keys import key_array
@@ -30,7 +31,7 @@ from cellferry.stores.postgres.scope import (
     keys_match,
     keys_relation,
 )
-from cellferry.stores.postgres.transactions import write
+from cellferry.stores.postgres.transactions import snapshot, write
 from cellferry.stores.postgres.wire import Wire
 
 #: Dirty keys by relation.
@@ -59,9 +60,7 @@ class Applier:
         self._destination = destination
         self._scope = scope
         self._move = move
-        self._references = ReferencedRows(
-            source, destination, scope, wires, move.migration, returning=move.returning
-        )
+        self._references = ReferencedRows(source, destination, scope, wires, move)
         self._refuses_crossings = refuses_crossings
         self._delta = Delta(
             source,
@@ -79,10 +78,10 @@ class Applier:
         complete: bool,
         before_commit: Callable[[], None] | None = None,
     ) -> Applied:
-        """Apply `keys` and commit.
+        """Apply `keys` of owned tables and commit.
 
         Args:
-            keys: dirty keys of owned and referenced tables.
+            keys: dirty keys; those of other tables are left alone.
             complete: whether these are all keys that are dirty in the snapshot. If not, the keys
                 that these depend on are applied too.
             before_commit: more work at the destination in the same transaction.
@@ -102,16 +101,58 @@ class Applier:
                 applied = self._attempt(
                     keys, complete=complete, careful=True, before_commit=before_commit
                 )
-        if before_commit is None and not self._move.returning:
-            self._take_over(keys, applied)
         return applied
 
-    def _take_over(self, keys: Keys, applied: Applied) -> None:
+    def follows(self, keys: Keys) -> bool:
+        """Whether `keys` of shared rows may be this migration's to bring up to date."""
+        return bool(self._references.may_follow(keys))
+
+    def follow(self, keys: Keys) -> Applied:
+        """Bring the shared rows of `keys` up to date that this migration brought, and commit.
+
+        Outside of any snapshot: the source is read when the rows are locked.
+
+        Raises:
+            VerificationFailed, LeaseLost, PermanentError: as `apply`.
+            TransientError: a row is locked.
+        """
+        candidates = self._references.may_follow(keys)
+        for careful in (None, False, True, True):
+            try:
+                return self._follow(candidates, careful=careful)
+            except UnusualError:
+                continue
+            except (psycopg.errors.UniqueViolation, psycopg.errors.ExclusionViolation) as error:
+                refused = error
+        raise refused
+
+    def _follow(self, candidates: Mapping[Table, set[Key]], *, careful: bool | None) -> Applied:
+        """Follow in one transaction: in the quick way, unless `careful` says how else."""
+        applied = Applied()
+        with write(self._destination, self._move):
+            if self._move.returning:
+                gate.hold_retained(self._destination, self._move)
+            held = self._references.hold(candidates)
+            if held:
+                with snapshot(self._source):
+                    if careful is None and self._delta.can_follow(held):
+                        return self._delta.follow(held)
+                    done = {
+                        str(table.name): self._references.follow(table, one, careful=bool(careful))
+                        for table, one in held.items()
+                    }
+                    self._compare(done, applied)
+                applied.keys = sum(len(some) for some in done.values())
+        return applied
+
+    def take_over(self, keys: Keys) -> Applied:
         """Bring shared rows that the applied rows came to need, and that nobody else uses.
 
-        Not under the gate, where there is no time for it. An attempt that dies before it repeats
-        the round: its log rows are not forgotten yet.
+        Outside of any snapshot, as `follow`. Not under the gate, where there is no time for it, and
+        not on the way back. An attempt that dies before it repeats the round: its log rows are not
+        forgotten yet.
         """
+        applied = Applied()
         for table in self._scope.tables:
             needs = self._references.needed_by(table, keys.get(str(table.name), set()))
             rows, size = self._references.bring(
@@ -120,6 +161,7 @@ class Applier:
             )
             applied.rows += rows
             applied.bytes += size
+        return applied
 
     def bring_left(self) -> None:
         """Bring the shared rows that were left to another move, which may have ended since."""
@@ -180,18 +222,12 @@ class Applier:
                 for table, some in in_the_way.items()
                 if (fresh := some - done[str(table.name)])
             }
-        followed = {
-            str(table.name): self._references.follow(table, keys[str(table.name)])
-            for table in self._scope.data_map.referenced
-            if keys.get(str(table.name))
-        }
-        if done or any(followed.values()):
+        if done:
             brought, size = self._bring_references(done, complete=complete)
             applied.rows += brought
             applied.bytes += size
-            self._compare({**done, **followed}, applied)
+            self._compare(done, applied)
         applied.keys = sum(len(some) for some in done.values())
-        applied.keys += sum(len(some) for some in followed.values())
         return applied
 
     def _delete(self, pending: Mapping[Table, set[Key]]) -> None:

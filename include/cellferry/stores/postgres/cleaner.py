@@ -24,6 +24,7 @@ from cellferry.stores.postgres.schema import ForeignKey, Placement, Table
 from cellferry.stores.postgres.scope import (
     Key,
     Scope,
+    keys_join,
     keys_match,
     keys_relation,
     parse_key,
@@ -213,7 +214,15 @@ class Cleaner:
     # ── referenced rows that this migration brought ─────────────────────────────────────────────
 
     def _delete_imported(self) -> tuple[str, ...]:
-        """Delete the referenced rows that this migration imported and nobody refers to."""
+        """Delete the referenced rows that this migration imported and nobody refers to.
+
+        Those that other migrations brought as well are left to them.
+        """
+        left = {
+            table: count
+            for table in self._scope.data_map.referenced
+            if (count := self._leave_to_others(table))
+        }
         kept: dict[str, int] = {}
         changed = True
         while changed:
@@ -231,9 +240,68 @@ class Cleaner:
                     changed = changed or deleted > 0
                     if len(some) > deleted:
                         kept[str(table.name)] = kept.get(str(table.name), 0) + len(some) - deleted
-        return tuple(
-            f"{count} rows of {relation} that the move brought stay: others refer to them"
-            for relation, count in kept.items()
+        return (
+            *(
+                f"{count} rows of {table.name} that the move brought stay: others bring them, too"
+                for table, count in left.items()
+            ),
+            *(
+                f"{count} rows of {relation} that the move brought stay: others refer to them"
+                for relation, count in kept.items()
+            ),
+        )
+
+    def _leave_to_others(self, table: Table) -> int:
+        """Leave the rows to other migrations that brought them as well; return how many.
+
+        In small batches: these migrations may be waiting for the rows, with writers waiting for
+        them.
+        """
+        count = 0
+        common = sorted(self._brought_by_others(table, self._imported(table)))
+        for start in range(0, len(common), LEAST):
+            self._progress.check()
+            with self._batch():
+                count += len(self._leave_locked(table, common[start : start + LEAST]))
+        return count
+
+    def _leave_locked(self, table: Table, keys: Collection[Key]) -> set[Key]:
+        """Lock rows, and forget those of them that other migrations brought as well.
+
+        Who forgets last deletes them: of two that end at once, one sees that the other has gone.
+        """
+        if not keys:
+            return set()
+        self._connection.execute(
+            sql.SQL("SELECT FROM {} AS t {} ORDER BY {} FOR UPDATE OF t").format(
+                table.name.identifier,
+                keys_join(table, keys),
+                sql.SQL(", ").join(sql.Identifier("t", name) for name in table.primary_key),
+            ),
+            prepare=False,
+        )
+        left = self._brought_by_others(table, keys)
+        self._forget(table, left)
+        return left
+
+    def _brought_by_others(self, table: Table, keys: Collection[Key]) -> set[Key]:
+        width = len(table.primary_key)
+        statement = sql.SQL(
+            "SELECT DISTINCT i.key FROM cellferry.imported_row AS i JOIN {} ON i.key = ARRAY[{}]"
+            " WHERE i.relation = {} AND i.migration <> {}"
+        ).format(
+            keys_relation(table, keys),
+            sql.SQL(", ").join(sql.Identifier("k", f"k{number}") for number in range(1, width + 1)),
+            sql.Literal(str(table.name)),
+            sql.Literal(self._move.migration),
+        )
+        return {tuple(key) for (key,) in self._connection.execute(statement, prepare=False)}
+
+    def _forget(self, table: Table, keys: Collection[Key]) -> None:
+        self._connection.cursor().executemany(
+            "DELETE FROM cellferry.imported_row"
+            " WHERE migration = %s AND relation = %s AND key = %s",
+            [(self._move.migration, str(table.name), list(key)) for key in keys],
         )
 
     def _imported(self, table: Table) -> list[Key]:
@@ -247,10 +315,11 @@ class Cleaner:
         ]
 
     def _delete_unreferenced(self, table: Table, keys: Collection[Key]) -> int:
-        # First delete, which waits for transactions that are about to refer to a row and holds
-        # their key lock; then look, in a new snapshot, who refers to what was deleted; such rows
-        # come back with the savepoint. The other order would miss a reference that commits between.
+        # First lock and delete, which waits for transactions that are about to refer to a row; then
+        # look, in a new snapshot, who refers to what was deleted; such rows come back with the
+        # savepoint. The other order would miss a reference that commits between.
         doomed = set(keys) - self._referred_to(table, keys)
+        doomed -= self._leave_locked(table, doomed)
         while doomed:
             self._connection.execute("SAVEPOINT doomed")
             deleted = self._connection.execute(
@@ -261,11 +330,7 @@ class Cleaner:
             referred = self._dangling_on(table, doomed)
             if not referred:
                 self._connection.execute("RELEASE SAVEPOINT doomed")
-                self._connection.cursor().executemany(
-                    "DELETE FROM cellferry.imported_row"
-                    " WHERE migration = %s AND relation = %s AND key = %s",
-                    [(self._move.migration, str(table.name), list(key)) for key in doomed],
-                )
+                self._forget(table, doomed)
                 return deleted
             self._connection.execute("ROLLBACK TO SAVEPOINT doomed")
             doomed -= referred

@@ -157,7 +157,7 @@ class Copier:
         self._progress = progress
         self._throttle = throttle or Throttle(move.throttle.rows_per_s)
         self._connect = connect
-        self._references = ReferencedRows(source, destination, scope, wires, move.migration)
+        self._references = ReferencedRows(source, destination, scope, wires, move)
 
     def run(self) -> Copied:
         """Copy every table from its last checkpoint on, then the referenced rows. Repeatable.

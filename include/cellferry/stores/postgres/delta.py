@@ -25,7 +25,13 @@ from cellferry.stores.postgres.applied import Applied, Dirty, dangling, deletes,
 from cellferry.stores.postgres.children import children_of
 from cellferry.stores.postgres.deferrable import violations
 from cellferry.stores.postgres.ownership import owner_text
-from cellferry.stores.postgres.references import Needs, ReferencedRows, crossing, outward
+from cellferry.stores.postgres.references import (
+    Held,
+    Needs,
+    ReferencedRows,
+    crossing,
+    outward,
+)
 from cellferry.stores.postgres.rendering import PARAMETER, rendered, with_parameters
 from cellferry.stores.postgres.row_keys import key_array
 from cellferry.stores.postgres.schema import Column, ForeignKey, Placement, Table
@@ -44,8 +50,8 @@ from cellferry.stores.postgres.transactions import write
 MOST_KEYS = 500
 
 
-class _UnusualError(Exception):
-    """Something that only the general way can handle; the transaction is rolled back."""
+class UnusualError(Exception):
+    """Something that only the general way can handle; the transaction is to be rolled back."""
 
 
 @dataclass(frozen=True)
@@ -94,32 +100,57 @@ class Delta:
         Raises:
             LeaseLost: another attempt took over.
         """
-        owned = _of(self._scope.tables, keys)
-        shared = _of(self._scope.data_map.referenced, keys)
-        if not self._fits(owned, shared):
+        owned = {table: some for table in self._scope.tables if (some := keys.get(str(table.name)))}
+        if not 0 < sum(map(len, owned.values())) <= MOST_KEYS:
             return None
-        followed = {
-            table: some
-            for table, asked in shared.items()
-            if (some := self._references.followed(table, asked))
-        }
-        read = self._read({**owned, **followed})
+        read = self._read(owned)
         try:
             with write(self._destination, self._move):
-                applied = self._write(owned, followed, read)
+                applied = self._write(owned, read)
                 if before_commit is not None:
                     before_commit()
-        except (_UnusualError, psycopg.errors.UniqueViolation, psycopg.errors.ExclusionViolation):
+        except (UnusualError, psycopg.errors.UniqueViolation, psycopg.errors.ExclusionViolation):
             return None
         return applied
 
-    def _fits(self, owned: Dirty, shared: Dirty) -> bool:
-        count = sum(len(some) for some in (*owned.values(), *shared.values()))
-        return (
-            0 < count <= MOST_KEYS
-            and bool(owned)
-            and not any(self._references.has_holders(table) for table in shared)
+    def can_follow(self, held: Mapping[Table, Held]) -> bool:
+        """Whether so many shared rows, of these tables, may go this way."""
+        return sum(len(one.keys) for one in held.values()) <= MOST_KEYS and not any(
+            self._references.has_holders(table) for table in held
         )
+
+    def follow(self, held: Mapping[Table, Held]) -> Applied:
+        """Make shared rows as they are at the source; in the caller's transaction.
+
+        Raises:
+            UnusualError, psycopg.errors.UniqueViolation: it needs the general way.
+        """
+        read = self._read({table: one.keys for table, one in held.items()})
+        # A shared row that is gone at the source stays: nobody's row is deleted by a move.
+        present = {table: set(rows) for table in held if (rows := read.rows[table])}
+        unusual = []
+        if not present:
+            return Applied()
+        with self._destination.pipeline():
+            for table in present:
+                rows = read.rows[table]
+                here = {key: row for key, row in rows.items() if key in held[table].locked}
+                if must_be_replaced(table):
+                    if here:
+                        self._destination.execute(_delete_shared(table, set(here)), prepare=False)
+                    here = {}
+                elif here and (update := _update(table)):
+                    # A neighbour that is about to refer to one must find it where it is.
+                    self._destination.execute(update, _columns(here.values()))
+                if must_be_replaced(table) or len(here) < len(rows):
+                    new = [rows[key] for key in sorted(rows.keys() - here.keys())]
+                    self._destination.execute(_insert(table), _columns(new))
+            if conflicts := self._conflicts(present, read):
+                unusual.append(self._destination.execute(conflicts, prepare=False))
+            digest = self._destination.execute(digests(self._scope, present), prepare=False)
+        if any(cursor.fetchone() for cursor in unusual):
+            raise UnusualError
+        return self._agreed(present, read, digest)
 
     def _read(self, wanted: Dirty) -> _Read:
         with self._source.pipeline():
@@ -144,11 +175,8 @@ class Delta:
             self._scope.owned(table) if table.owners else sql.SQL("true"),
         )
 
-    def _write(self, owned: Dirty, followed: Dirty, read: _Read) -> Applied:
+    def _write(self, owned: Dirty, read: _Read) -> Applied:
         unusual = []
-        # A shared row that is gone at the source stays: nobody's row is deleted by a move.
-        present = {table: set(rows) for table in followed if (rows := read.rows[table])}
-        written = {**owned, **present}
         with self._destination.pipeline():
             if orphans := self._orphans(owned):
                 unusual.append(self._destination.execute(orphans, prepare=False))
@@ -157,38 +185,34 @@ class Delta:
                 for child, query in self._children_left(owned, read)
             ]
             self._destination.execute(deletes(self._scope, owned), prepare=False)
-            for table, some in present.items():
-                if must_be_replaced(table):
-                    self._destination.execute(_delete_shared(table, some), prepare=False)
-            for table in written:
+            for table in owned:
                 if incoming := read.rows[table].values():
-                    columns = [list(values) for values in zip(*incoming, strict=True)]
-                    if table in present and not must_be_replaced(table):
-                        # A neighbour that is about to refer to one must find it where it is.
-                        if update := _update(table):
-                            self._destination.execute(update, columns)
-                        self._destination.execute(_insert(table, only_absent=True), columns)
-                    else:
-                        self._destination.execute(_insert(table), columns)
-            if conflicts := self._conflicts(written, read):
+                    self._destination.execute(_insert(table), _columns(incoming))
+            if conflicts := self._conflicts(owned, read):
                 unusual.append(self._destination.execute(conflicts, prepare=False))
             checks = self._checks(owned)
             missing = self._missing_references(checks)
-            digest = self._destination.execute(digests(self._scope, written), prepare=False)
+            digest = self._destination.execute(digests(self._scope, owned), prepare=False)
         if any(cursor.fetchone() for cursor in unusual) or any(
             not {tuple(key) for (key,) in cursor} <= owned.get(child, set())
             for child, cursor in children
         ):
-            raise _UnusualError
+            raise UnusualError
+        applied = self._agreed(owned, read, digest)
+        brought, size = self._bring(checks, missing)
+        applied.rows += brought
+        applied.bytes += size
+        return applied
+
+    def _agreed(self, written: Dirty, read: _Read, digest: Iterable[tuple[Any, ...]]) -> Applied:
+        """Compare both sides, and say what was written."""
         there = {row[0]: row[1:] for row in digest}
         if there != {str(table.name): read.digest[str(table.name)] for table in written}:
-            raise _UnusualError
-        brought, size = self._bring(checks, missing)
+            raise UnusualError
         applied = Applied(
             keys=sum(len(some) for some in written.values()),
-            rows=brought + sum(len(read.rows[table]) for table in written),
-            bytes=size
-            + sum(
+            rows=sum(len(read.rows[table]) for table in written),
+            bytes=sum(
                 len(value)
                 for table in written
                 for row in read.rows[table].values()
@@ -276,13 +300,14 @@ class Delta:
             if self._scope.data_map.by_name[foreign_key.parent].placement is not (
                 Placement.REFERENCED
             ):
-                raise _UnusualError
+                raise UnusualError
             needs.append((foreign_key, some))
         return self._references.bring(needs)
 
 
-def _of(tables: tuple[Table, ...], keys: Mapping[str, set[Key]]) -> dict[Table, set[Key]]:
-    return {table: some for table in tables if (some := keys.get(str(table.name)))}
+def _columns(rows: Iterable[tuple[str | None, ...]]) -> list[list[str | None]]:
+    """Return `rows` as one list of texts for each column."""
+    return [list(values) for values in zip(*rows, strict=True)]
 
 
 def _any_of(queries: Iterable[sql.Composed]) -> sql.Composed | None:
@@ -317,21 +342,14 @@ def _as_text(column: Column) -> sql.Composed:
 
 
 @lru_cache(4096)
-def _insert(table: Table, *, only_absent: bool = False) -> sql.Composed:
+def _insert(table: Table) -> sql.Composed:
     """Insert rows given as one array of texts for each column."""
     columns = table.copied_columns
-    statement = sql.SQL(
-        "INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE SELECT {} FROM {} WHERE {}"
-    ).format(
+    statement = sql.SQL("INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE SELECT {} FROM {}").format(
         table.name.identifier,
         column_list(columns, None),
         sql.SQL(", ").join(_value(table, column) for column in columns),
         _given(table),
-        sql.SQL("NOT EXISTS (SELECT FROM {} AS t WHERE {})").format(
-            table.name.identifier, _has_given_key(table)
-        )
-        if only_absent
-        else sql.SQL("true"),
     )
     return with_parameters(statement)
 

@@ -149,15 +149,19 @@ CREATE TABLE IF NOT EXISTS cellferry.checkpoint (
 );
 
 -- Referenced rows that a migration brought here. One that was here before, and that nobody else
--- used, became as it was at the source; it stays whatever comes of the migration.
+-- used, became as it was at the source; it stays whatever comes of the migration. Migrations that
+-- come from the same cell read the same row there: each of them brings it.
 CREATE TABLE IF NOT EXISTS cellferry.imported_row (
     migration bigint NOT NULL,
     relation text NOT NULL,
     key text[] NOT NULL,
     was_here boolean NOT NULL DEFAULT false,
+    came_from text, -- the cell's name; an older version did not say
     PRIMARY KEY (migration, relation, key)
 );
 ALTER TABLE cellferry.imported_row ADD COLUMN IF NOT EXISTS was_here boolean NOT NULL DEFAULT false;
+ALTER TABLE cellferry.imported_row ADD COLUMN IF NOT EXISTS came_from text;
+CREATE INDEX IF NOT EXISTS imported_row_key ON cellferry.imported_row (relation, key);
 
 -- A controller holds or awaits the exclusive side. Wait with everybody, but not for ever: a waiting
 -- writer occupies a connection that other organizations may need.

@@ -5,6 +5,10 @@ copied, one that nobody else uses there is made as it is at the source; both are
 `cellferry.imported_row`, and follow later changes at the source until the flip. None is ever
 deleted, except by an abort when the move brought it and nobody else refers to it.
 
+Organizations that move together share rows. Each of their migrations records a row that one of
+them brought and follows it, as they read the same row at the same cell. When one has arrived, the
+row is in use at the destination, and the others give it up.
+
 On the way back the old cell has the row already. One that the move took along comes back as it is
 now if this organization alone uses it at the old cell; one that others use there stays as it is.
 """
@@ -13,6 +17,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -20,6 +25,7 @@ import psycopg
 from psycopg import sql
 
 from cellferry.errors import PermanentError
+from cellferry.model import Move
 from cellferry.stores.postgres import checkpoints
 from cellferry.stores.postgres.checkpoints import Checkpoint
 from cellferry.stores.postgres.conflicts import WAITING_ROOM, waiting_room
@@ -44,6 +50,22 @@ BATCH = 10_000
 #: Names the checkpoint that says that rows were left to another move which brings them.
 LEFT_TO_OTHERS = "shared rows left to another move"
 
+
+@dataclass(frozen=True)
+class Held:
+    """Rows of one table that are to be as they are at the source.
+
+    Attributes:
+        keys: which.
+        locked: those that the destination has, locked.
+        fresh: those that are not recorded yet.
+    """
+
+    keys: set[Key]
+    locked: set[Key]
+    fresh: set[Key]
+
+
 #: Values of a foreign key that some rows need, by the foreign key.
 Needs = list[tuple[ForeignKey, set[Key]]]
 
@@ -60,17 +82,16 @@ class ReferencedRows:
         destination: psycopg.Connection[Any],
         scope: Scope,
         wires: Mapping[str, Wire],
-        migration: int,
-        *,
-        returning: bool = False,
+        move: Move,
     ) -> None:
         self._source = source
         self._destination = destination
         self._scope = scope
         self._wires = wires
-        self._migration = migration
-        self._returning = returning
-        self._usage = Usage(destination, source, scope, migration)
+        self._migration = move.migration
+        self._returning = move.returning
+        self._came_from = move.source.name
+        self._usage = Usage(destination, source, scope, move.migration, came_from=move.source.name)
         self._take_over = TakeOver(destination, scope, self._usage, self.carry)
         #: Rows of which it was looked what they point at in turn.
         self._followed_up: set[tuple[str, Key]] = set()
@@ -225,7 +246,7 @@ class ReferencedRows:
             def work(some: Sequence[Key] = some) -> None:
                 nonlocal changed, volume
                 taken, rows, size = self._take_over.take(parent, some)
-                self._record(parent, taken, was_here=True)
+                self._record_taken(parent, taken)
                 came.update(taken)
                 changed += rows
                 volume += size
@@ -300,7 +321,7 @@ class ReferencedRows:
         if in_the_way and takes:
             taken, _, volume = self._take_over.take(parent, in_the_way)
             self._record(parent, inserted)
-            self._record(parent, taken, was_here=True)
+            self._record_taken(parent, taken)
             more, more_volume = self._insert_absent(parent, columns, values, takes=False)
             return [*inserted, *taken, *more], size + volume + more_volume
         if len(inserted) < sent:
@@ -350,30 +371,95 @@ class ReferencedRows:
             inlet.fill(Outlet(wire, stream).rows)
         return inlet.rows, inlet.bytes
 
-    def follow(self, table: Table, keys: Collection[Key]) -> set[Key]:
-        """Bring those of `keys` that this migration imported up to date; return these.
+    # ── following the source ────────────────────────────────────────────────────────────────────
 
-        A row that is gone at the source stays: nobody's row is deleted by a move. Rows that
-        belong to an imported row (a new e-mail address of such a user) come with it.
+    def may_follow(self, keys: Mapping[str, set[Key]]) -> dict[Table, set[Key]]:
+        """Return those of `keys`, by relation, that may be this migration's to bring up to date.
+
+        Those that it brought, and those that belong to rows which it brought: a new e-mail
+        address of such a user.
         """
-        if not keys:
-            return set()
-        imported = self.followed(table, keys)
-        if not imported and not self._holders(table):
-            return set()
-        present = self.present(table, keys)
-        fresh = {
-            key for holder in self._holders(table) for key in self._held(table, holder, present)
-        } - imported
-        present &= imported | fresh
+        found = {}
+        for table in self._scope.data_map.referenced:
+            if asked := keys.get(str(table.name)):
+                some = self._imported(table, asked) | self._took_along(table, asked)
+                some |= self._belonging(table, asked - some)
+                if some:
+                    found[table] = some
+        return found
+
+    def hold(self, candidates: Mapping[Table, set[Key]]) -> dict[Table, Held]:
+        """Lock rows before the source is read, and decide which of them follow it.
+
+        Other moves bring the same rows from the same cell. Who writes one has read the source
+        after whoever wrote it before: nobody puts an older content in the place of a newer.
+
+        Args:
+            candidates: what `may_follow` returned.
+
+        Raises:
+            TransientError: a transaction holds one of them.
+        """
+        locked = {
+            table: self._take_over.lock(table, candidates[table])
+            for table in self._scope.data_map.referenced
+            if table in candidates
+        }
+        held = {}
+        for table, here in locked.items():
+            some = candidates[table]
+            mine = self._imported(table, some)
+            gone = self._arrived(table, mine)
+            if gone:
+                self._give_up(table, gone)
+            mine = (mine - gone) | self._ours_alone(table, some - mine)
+            belonging = self._belonging(table, some - mine - gone)
+            alongside = self._usage.brought_alongside(table, belonging)
+            fresh = {key for key in belonging if key not in here or key in alongside}
+            if belonging - fresh and not self._returning:
+                self._note_left()  # a move that brought one may have been aborted
+            if mine or fresh:
+                held[table] = Held(mine | fresh, here, fresh)
+        return held
+
+    def follow(self, table: Table, held: Held, *, careful: bool) -> set[Key]:
+        """Make the rows of `held` as they are at the source; return those that are there.
+
+        A row that is gone at the source stays: nobody's row is deleted by a move.
+
+        Raises:
+            psycopg.errors.UniqueViolation: as `TakeOver.renew`.
+        """
+        present = self.present(table, held.keys)
         if present:
-            self._take_over.renew(table, present)
-            self._record(table, fresh)
+            self._take_over.renew(table, present, held.locked, careful=careful)
+            self._record(table, (held.fresh & present) - held.locked)
+            self._record_taken(table, held.fresh & present & held.locked)
         return present
 
-    def followed(self, table: Table, keys: Collection[Key]) -> set[Key]:
+    def _give_up(self, table: Table, keys: set[Key]) -> None:
+        """Leave rows to an organization that they came here with, and that has arrived.
+
+        They stay as they are here now; what they are is looked at again right before the cutover,
+        in case it was rolled back.
+        """
+        self._destination.execute(
+            sql.SQL(
+                "DELETE FROM cellferry.imported_row AS i USING {} WHERE i.key = ARRAY[{}]"
+                " AND i.migration = {} AND i.relation = {}"
+            ).format(*self._records(table, keys)),
+            prepare=False,
+        )
+        self._note_left()
+
+    def _following(self, table: Table, keys: Collection[Key]) -> set[Key]:
         """Return those of `keys` that are to be as the source has them."""
-        return self._imported(table, keys) | self._ours_alone(table, keys)
+        mine = self._imported(table, keys)
+        return (mine - self._arrived(table, mine)) | self._ours_alone(table, keys)
+
+    def _arrived(self, table: Table, keys: Collection[Key]) -> set[Key]:
+        # On the way back `_ours_alone` looks at who uses a row.
+        return set() if self._returning else self._usage.by_arrived(table, keys)
 
     def _imported(self, table: Table, among: Collection[Key]) -> set[Key]:
         """Return those of `among` that this migration brought."""
@@ -423,12 +509,16 @@ class ReferencedRows:
 
     def _brought(self, table: Table, among: Collection[Key]) -> sql.Composed:
         """Return a query for those of `among` that this migration brought."""
-        width = len(table.primary_key)
         return sql.SQL(
             "SELECT i.key FROM cellferry.imported_row AS i JOIN {} ON i.key = ARRAY[{}]"
             " WHERE i.migration = {} AND i.relation = {}"
-        ).format(
-            texts_relation(among, width),
+        ).format(*self._records(table, among))
+
+    def _records(self, table: Table, keys: Collection[Key]) -> tuple[sql.Composable, ...]:
+        """Return what selects the records `i` of this migration: keys, key, migration, relation."""
+        width = len(table.primary_key)
+        return (
+            texts_relation(keys, width),
             sql.SQL(", ").join(sql.Identifier("k", f"k{number}") for number in range(1, width + 1)),
             sql.Literal(self._migration),
             sql.Literal(str(table.name)),
@@ -446,8 +536,12 @@ class ReferencedRows:
             if key.optional and key.parent == table.name
         )
 
+    def _belonging(self, table: Table, keys: Collection[Key]) -> set[Key]:
+        """Return those of `keys` that belong to rows which follow the source."""
+        return {key for holder in self._holders(table) for key in self._held(table, holder, keys)}
+
     def _held(self, table: Table, holder: ForeignKey, keys: Collection[Key]) -> set[Key]:
-        """Return those of `keys` that belong to imported rows and are absent at the destination."""
+        """Return those of `keys` that belong, by one relation, to rows which follow the source."""
         if not keys:
             return set()
         shared = self._scope.data_map.by_name[holder.child]
@@ -468,10 +562,8 @@ class ReferencedRows:
                 )
             )
         }
-        held = set(owners.values())
-        imported = self.followed(shared, held)
-        found = {key for key, owner in owners.items() if owner in imported}
-        return set(self._absent(table, table.primary_key, found)) if found else set()
+        following = self._following(shared, set(owners.values()))
+        return {key for key, owner in owners.items() if owner in following}
 
     def _record(self, table: Table, keys: Collection[Key], *, was_here: bool = False) -> None:
         """Remember that this migration brought `keys`, or the content of rows that were here."""
@@ -480,17 +572,28 @@ class ReferencedRows:
         width = len(table.primary_key)
         self._destination.execute(
             sql.SQL(
-                "INSERT INTO cellferry.imported_row (migration, relation, key, was_here)"
-                " SELECT {}, {}, ARRAY[{}], {} FROM {} ON CONFLICT DO NOTHING"
+                "INSERT INTO cellferry.imported_row (migration, relation, key, was_here, came_from)"
+                " SELECT {}, {}, ARRAY[{}], {}, {} FROM {} ON CONFLICT DO NOTHING"
             ).format(
                 sql.Literal(self._migration),
                 sql.Literal(str(table.name)),
                 sql.SQL(", ").join(sql.Identifier("k", f"k{n}") for n in range(1, width + 1)),
                 sql.Literal(was_here),
+                sql.Literal(self._came_from),
                 texts_relation(keys, width),
             ),
             prepare=False,
         )
+
+    def _record_taken(self, table: Table, keys: set[Key]) -> None:
+        """Remember that this migration brings rows that are here, and were locked.
+
+        Those that another migration brought stay only if they were here before that one.
+        """
+        alongside = self._usage.brought_alongside(table, keys)
+        brought = {key for key, was_here in alongside.items() if not was_here}
+        self._record(table, brought)
+        self._record(table, keys - brought, was_here=True)
 
     def present(self, table: Table, keys: Collection[Key]) -> set[Key]:
         """Return those of `keys` that the source has."""

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import psycopg
 
 from cellferry.model import Progress, Repaired
 from cellferry.stores.postgres.apply import Applier
-from cellferry.stores.postgres.schema import Table
+from cellferry.stores.postgres.schema import Placement, Table
 from cellferry.stores.postgres.scope import Key, Scope
 from cellferry.stores.postgres.transactions import snapshot
 from cellferry.stores.postgres.verifier import Verifier
@@ -89,20 +89,37 @@ class Repairer:
         return Repaired(compared, self._repaired, time.monotonic() - started)
 
     def _repair(self, table: Table, find: Callable[[], set[Key]]) -> None:
-        """Apply the keys that `find` returns, as of the snapshot of the source it saw."""
+        """Apply the keys that `find` returns, as of the snapshot of the source it saw.
+
+        Shared rows are read anew when they are locked: other moves may write them, too.
+        """
         self._progress.check()
         with snapshot(self._source):
             with snapshot(self._destination):
-                keys = iter(find())
-            while some := set(itertools.islice(keys, MAX_KEYS)):
-                self._progress.check()
-                # Not complete: what these keys depend on may differ as well and come later.
-                applied = self._applier.apply(
-                    {str(table.name): some}, complete=False, before_commit=self._before_commit
-                )
-                self._repaired += max(applied.keys, len(some))
+                keys = find()
+            if table.placement is Placement.OWNED:
+                for some in _pieces(keys):
+                    self._progress.check()
+                    # Not complete: what these keys depend on may differ as well and come later.
+                    applied = self._applier.apply(
+                        {str(table.name): some}, complete=False, before_commit=self._before_commit
+                    )
+                    self._repaired += max(applied.keys, len(some))
+        for some in _pieces(keys):
+            self._progress.check()
+            if table.placement is not Placement.OWNED:
+                self._applier.follow({str(table.name): some})
+                self._repaired += len(some)
+            elif self._before_commit is None:
+                self._applier.take_over({str(table.name): some})
 
     def _report(self, compared: int, table: Table) -> None:
         self._progress.report(
             "postgres", "repair", compared, None, "rows", f"{table.name}: {self._repaired} repaired"
         )
+
+
+def _pieces(keys: set[Key]) -> Iterator[set[Key]]:
+    iterator = iter(sorted(keys))
+    while some := set(itertools.islice(iterator, MAX_KEYS)):
+        yield some

@@ -4,12 +4,15 @@ The whole of their correctness: in ONE snapshot of the source read the log rows 
 rows of their keys; make the destination equal to these and commit there; then delete exactly the
 log rows that were seen. Never "up to the highest id": ids are not in the order of commits. A crash
 between the two commits repeats a round, which changes nothing.
+
+Shared rows, which other moves under way may bring as well, come before, in a transaction of their
+own: there the rows are locked first and read in a newer snapshot than the log's.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,13 +39,23 @@ class DirtyKeys:
 
     Attributes:
         keys: dirty keys by relation.
-        log_ids: exactly the log rows that these keys come from.
+        ids: exactly the log rows that these keys come from, by relation.
         complete: whether nothing else is dirty in the snapshot.
     """
 
     keys: dict[str, set[Key]] = field(default_factory=dict)
-    log_ids: list[int] = field(default_factory=list)
+    ids: dict[str, list[int]] = field(default_factory=dict)
     complete: bool = True
+
+    @property
+    def log_ids(self) -> list[int]:
+        """Exactly the log rows that these keys come from."""
+        return [one for some in self.ids.values() for one in some]
+
+    def leave_only(self, relations: Collection[str]) -> None:
+        """Take the keys of all other relations out."""
+        self.keys = {name: some for name, some in self.keys.items() if name in relations}
+        self.ids = {name: some for name, some in self.ids.items() if name in relations}
 
     @property
     def count(self) -> int:
@@ -72,7 +85,7 @@ def read_log(
     dirty = DirtyKeys()
     for relation, key, ids in rows:
         dirty.keys.setdefault(relation, set()).add(tuple(key))
-        dirty.log_ids.extend(ids)
+        dirty.ids.setdefault(relation, []).extend(ids)
     dirty.complete = len(rows) < max_keys and len(dirty.log_ids) < max_rows
     return dirty
 
@@ -121,6 +134,7 @@ class Rounds:
         self._destination = destination
         self._scope = scope
         self._move = move
+        self._shared = {str(table.name) for table in scope.data_map.referenced}
         self._applier = Applier(
             source, destination, scope, wires, move, refuses_crossings=refuses_crossings
         )
@@ -165,24 +179,31 @@ class Rounds:
         forget: bool,
     ) -> tuple[Round, Applied]:
         started = time.monotonic()
-        organization = self._move.organization.id
+        applied = Applied()
+        shared = DirtyKeys()
         with snapshot(self._source):
-            dirty = read_log(self._source, organization, max_keys, max_rows)
-            applied = Applied()
-            if dirty.log_ids or before_commit is not None:
-                known = {
-                    relation: some
-                    for relation, some in dirty.keys.items()
-                    if relation in self._scope.by_relation
-                }
-                applied = self._applier.apply(
-                    known, complete=dirty.complete, before_commit=before_commit
-                )
+            dirty = self._read_log(max_keys, max_rows)
+            is_done = not self._applier.follows(dirty.keys)
+            if is_done:
+                applied.add(self._apply(dirty, before_commit))
+        if not is_done:
+            # Shared rows first. Other moves write them, too: they are read when they are locked.
+            shared, dirty = dirty, DirtyKeys()
+            shared.leave_only(self._shared)
+            applied.add(self._applier.follow(shared.keys))
+            with snapshot(self._source):
+                dirty = self._read_log(max_keys, max_rows)
+                # Of shared rows only what was seen before they were read may be forgotten.
+                dirty.leave_only(dirty.keys.keys() - self._shared)
+                applied.add(self._apply(dirty, before_commit))
+        if before_commit is None and not self._move.returning:
+            applied.add(self._applier.take_over(dirty.keys))
         reach(Phase.ROUND_APPLIED)
         left = 0
         if forget:
+            self.forget(shared)
             self.forget(dirty)
-            left = remaining(self._source, organization)
+            left = remaining(self._source, self._move.organization.id)
         return (
             Round(
                 applied=applied.keys,
@@ -192,6 +213,14 @@ class Rounds:
             ),
             applied,
         )
+
+    def _read_log(self, max_keys: int, max_rows: int) -> DirtyKeys:
+        return read_log(self._source, self._move.organization.id, max_keys, max_rows)
+
+    def _apply(self, dirty: DirtyKeys, before_commit: Callable[[], None] | None) -> Applied:
+        if not dirty.log_ids and before_commit is None:
+            return Applied()
+        return self._applier.apply(dirty.keys, complete=dirty.complete, before_commit=before_commit)
 
     def bring_left(self) -> None:
         """Bring the shared rows that were left to another move, which may have ended since.

@@ -198,7 +198,7 @@ _BY_STATE: dict[str, tuple[type[CellferryError], str | None]] = {
 }
 
 #: Columns of our own tables that a cell lacks which an older version prepared.
-_OUR_LATER_COLUMNS = ("was_here",)
+_OUR_LATER_COLUMNS = ("was_here", "came_from")
 
 #: What libpq says of a connection that was not made; it gives no SQLSTATE then.
 _BY_TEXT: tuple[tuple[re.Pattern[str], str], ...] = (

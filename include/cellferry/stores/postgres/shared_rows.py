@@ -263,6 +263,7 @@ def _usage(examination: Examination) -> Usage:
         examination.destination.connection,
         examination.source.connection,
         Scope(examination.data_map, examination.organization),
+        came_from=examination.source.cell.name,
         looks_at=lambda table: examination.is_usable(table.name),
     )
 

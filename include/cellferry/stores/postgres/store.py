@@ -73,7 +73,7 @@ from cellferry.stores.postgres.copier import Connect, Copier
 from cellferry.stores.postgres.crossings import find_crossings
 from cellferry.stores.postgres.examination import Examination, Site, examples
 from cellferry.stores.postgres.probe import PostgresProbe
-from cellferry.stores.postgres.references import ReferencedRows
+from cellferry.stores.postgres.references import LEFT_TO_OTHERS, ReferencedRows
 from cellferry.stores.postgres.repair import BUCKETS, Repairer
 from cellferry.stores.postgres.rounds import Rounds
 from cellferry.stores.postgres.schema import DataMap
@@ -876,12 +876,7 @@ class PostgresMove(StoreMove):
             else:
                 yield blocker
         references = ReferencedRows(
-            self._source,
-            self._destination,
-            self._scope,
-            self._wires,
-            self.move.migration,
-            returning=True,
+            self._source, self._destination, self._scope, self._wires, self.move
         )
         for table in self._map.referenced:
             if kept := references.kept(table):
@@ -956,6 +951,12 @@ class PostgresMove(StoreMove):
             connection = self._connection(side)
             with sessions.translate_errors(self._where(side)):
                 found = gate.state(connection, self.move.organization.id)
+                if (
+                    side is Side.DESTINATION
+                    and found is not None
+                    and found.state in {GateState.OPEN, GateState.FROZEN}
+                ):
+                    self._arrive(connection)
                 if found is not None and found.migration == self.move.migration:
                     if found.state is not GateState.OPEN:
                         continue
@@ -963,6 +964,26 @@ class PostgresMove(StoreMove):
                         self._delete_waiting()
                     gate.disarm(connection, self.move)
             self._retire(side)
+
+    def _arrive(self, connection: Connection) -> None:
+        """Take shared rows from other migrations that brought them to the destination as well.
+
+        The organization lives with them there now. Until here the others could see it; when the
+        records of this migration go, only this tells them. They look at the rows once more.
+        """
+        with write(connection, self.move):
+            connection.execute(
+                "WITH gone AS (DELETE FROM cellferry.imported_row AS i"
+                " USING cellferry.imported_row AS mine"
+                " WHERE mine.migration = %(migration)s AND i.migration <> %(migration)s"
+                " AND i.relation = mine.relation AND i.key = mine.key AND EXISTS"
+                " (SELECT FROM cellferry.gate AS g"
+                " WHERE g.migration = i.migration AND g.state = 'importing')"
+                " RETURNING i.migration)"
+                " INSERT INTO cellferry.checkpoint (migration, relation)"
+                " SELECT DISTINCT migration, %(left)s FROM gone ON CONFLICT DO NOTHING",
+                {"migration": self.move.migration, "left": LEFT_TO_OTHERS},
+            )
 
     def _delete_waiting(self) -> None:
         """Before the log goes, delete the copied rows of which only the log says whose they are."""

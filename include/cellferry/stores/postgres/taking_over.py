@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 from psycopg import sql
@@ -40,6 +40,9 @@ from cellferry.stores.postgres.usage import Usage
 
 #: At most so many rows are locked in one transaction.
 BATCH = 1_000
+
+#: Locks rows against whoever is about to refer to them.
+_FOR_GOOD = "FOR UPDATE"
 
 #: A transaction that refers to one of the rows may take so long to end (seconds).
 LOCK_TIMEOUT_S = 5
@@ -103,7 +106,7 @@ class TakeOver:
         """
         # Locked first: a transaction that refers to a row holds it until it ends, and the next
         # statement sees what it did; one that comes later waits for us.
-        locked = self._lock(table, keys)
+        locked = self.lock(table, keys, _FOR_GOOD)
         ours = self.unused(table, locked)
         if not ours:
             return set(), 0, 0
@@ -122,7 +125,7 @@ class TakeOver:
                     if in_the_way or must_be_replaced(table):
                         self._replace(table, different)
                     else:
-                        self._update(table)
+                        self._update(table, different)
                     in_the_way.clear()
         if in_the_way:
             return self._take_with(table, locked, in_the_way, different)
@@ -174,13 +177,14 @@ class TakeOver:
             tuple(key)
             for (key,) in self._destination.execute(
                 sql.SQL(
-                    "INSERT INTO {} AS t ({}) OVERRIDING SYSTEM VALUE SELECT {} FROM {}"
-                    " ON CONFLICT {} DO NOTHING RETURNING {}"
+                    "INSERT INTO {} AS t ({}) OVERRIDING SYSTEM VALUE SELECT {} FROM {} AS t"
+                    " ORDER BY {} ON CONFLICT {} DO NOTHING RETURNING {}"
                 ).format(
                     table.name.identifier,
                     columns,
                     columns,
                     WAITING_ROOM,
+                    _in_key_order(table),  # two moves that bring the same rows
                     arbiter,
                     key_array(table, "t"),
                 )
@@ -194,15 +198,23 @@ class TakeOver:
         statement = sql.SQL("SELECT {} FROM {} AS t").format(key_array(table, "t"), WAITING_ROOM)
         return {tuple(key) for (key,) in self._destination.execute(statement)}
 
-    def renew(self, table: Table, keys: Collection[Key]) -> None:
+    def renew(
+        self, table: Table, keys: Collection[Key], locked: Collection[Key], *, careful: bool
+    ) -> None:
         """Make `keys`, which follow the source, as they are there; those that are gone come back.
 
-        In the caller's transaction. They are changed where they are as well: a neighbour that is
-        about to refer to a row would not find one that was put in its place.
+        In the caller's transaction, which has the rows in `locked` locked since before it took its
+        snapshot of the source; no other row that is here is changed. They are changed where they
+        are as well: a neighbour that is about to refer to a row would not find one that was put in
+        its place.
+
+        Args:
+            careful: whether rows may stand in each other's way, having swapped unique values.
 
         Raises:
-            psycopg.errors.UniqueViolation: another row has one of their unique values.
-            PermanentError: as before, of a deferrable key.
+            psycopg.errors.UniqueViolation: another row has one of their unique values, or another
+                move has brought one of them just now.
+            PermanentError: another row has the value of a deferrable key.
         """
         with waiting_room(self._destination, table):
             self._carry(
@@ -217,41 +229,64 @@ class TakeOver:
             if not must_be_replaced(table):
                 try:
                     with self._destination.transaction():
-                        self._update(table)
-                        self._insert_absent(table)
+                        self._update(table, locked)
+                        self._insert_all_but(table, locked)
                 except (psycopg.errors.UniqueViolation, psycopg.errors.ExclusionViolation):
-                    pass  # they may stand in each other's way only
+                    if not careful:
+                        raise
                 else:
                     return
-            self._replace(table, keys)
+            self._replace(table, set(keys) & set(locked))
 
-    def _insert_absent(self, table: Table) -> None:
+    def _insert_all_but(self, table: Table, keys: Collection[Key]) -> None:
         columns = column_list(table.copied_columns, None)
         self._destination.execute(
             sql.SQL(
-                "INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE SELECT {} FROM {} AS w"
-                " WHERE NOT EXISTS (SELECT FROM {} AS t WHERE {})"
+                "INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE SELECT {} FROM {} AS t"
+                " WHERE NOT EXISTS (SELECT FROM {} WHERE {}) ORDER BY {}"
             ).format(
                 table.name.identifier,
                 columns,
                 columns,
                 WAITING_ROOM,
-                table.name.identifier,
-                _same_key(table),
+                keys_relation(table, keys),
+                keys_match(table),
+                _in_key_order(table),
             ),
             prepare=False,
         )
 
-    def _lock(self, table: Table, keys: Collection[Key]) -> set[Key]:
-        statement = sql.SQL("SELECT {} FROM {} AS t {} ORDER BY {} FOR UPDATE OF t").format(
+    def lock(
+        self, table: Table, keys: Collection[Key], strength: LiteralString = "FOR NO KEY UPDATE"
+    ) -> set[Key]:
+        """Lock those of `keys` that are here to the end of the transaction; return them.
+
+        In the order of the key: two moves that lock the same rows wait for each other and no more.
+
+        Args:
+            strength: by default one that lets others go on referring to the rows.
+
+        Raises:
+            TransientError: a transaction holds one of them.
+        """
+        statement = sql.SQL("SELECT {} FROM {} AS t {} ORDER BY {} {} OF t").format(
             key_array(table, "t"),
             table.name.identifier,
             keys_join(table, keys),
-            sql.SQL(", ").join(sql.Identifier("t", column) for column in table.primary_key),
+            _in_key_order(table),
+            sql.SQL(strength),
         )
-        sessions.set_locally(self._destination, "lock_timeout", f"{LOCK_TIMEOUT_S}s")
+        locked: set[Key] = set()
         try:
-            locked = {tuple(key) for (key,) in self._destination.execute(statement, prepare=False)}
+            # A row that was replaced while we waited for it is another one, and not locked.
+            while locked != set(keys):
+                with self._destination.pipeline():
+                    sessions.set_locally(self._destination, "lock_timeout", f"{LOCK_TIMEOUT_S}s")
+                    found = self._destination.execute(statement, prepare=False)
+                    sessions.set_locally(self._destination, "lock_timeout", "0")
+                locked = {tuple(key) for (key,) in found}
+                if self.present(table, keys) <= locked:
+                    break
         except psycopg.errors.LockNotAvailable as error:
             raise TransientError(
                 f"a row of {table.name} that organization {self._scope.organization} refers to is"
@@ -261,7 +296,6 @@ class TakeOver:
                 organization=self._scope.organization,
                 where=str(table.name),
             ) from error
-        sessions.set_locally(self._destination, "lock_timeout", "0")
         return locked
 
     def _compare(self, table: Table, keys: Collection[Key]) -> tuple[set[Key], set[Key]]:
@@ -297,14 +331,14 @@ class TakeOver:
             prepare=False,
         )
 
-    def _update(self, table: Table) -> None:
+    def _update(self, table: Table, keys: Collection[Key]) -> None:
         columns = [
             column for column in table.copied_columns if column.name not in table.primary_key
         ]
         if not columns:
             return
         self._destination.execute(
-            sql.SQL("UPDATE {} AS t SET {} FROM {} AS w WHERE {} AND {} <> {}").format(
+            sql.SQL("UPDATE {} AS t SET {} FROM {} AS w, {} WHERE {} AND {} AND {} <> {}").format(
                 table.name.identifier,
                 sql.SQL(", ").join(
                     sql.SQL("{} = {}").format(
@@ -313,6 +347,8 @@ class TakeOver:
                     for column in columns
                 ),
                 WAITING_ROOM,
+                keys_relation(table, keys),
+                keys_match(table),
                 _same_key(table),
                 row_hash(table, "t"),
                 row_hash(table, "w"),
@@ -336,6 +372,10 @@ def must_be_replaced(table: Table) -> bool:
         column.generated if column.name in table.primary_key else column.identity == "a"
         for column in table.columns
     )
+
+
+def _in_key_order(table: Table) -> sql.Composed:
+    return sql.SQL(", ").join(sql.Identifier("t", column) for column in table.primary_key)
 
 
 def _same_key(table: Table) -> sql.Composed:

@@ -40,6 +40,8 @@ class Usage:
         elsewhere: where the organization's rows come from. A row that was copied before its parent
             is nobody's in `cell` for a while; there it can be told whose it is.
         migration: whose own imported rows do not count as another's; None before there is one.
+        came_from: the cell where the organization's rows come from. What other migrations bring
+            from there is the same for all of them.
         looks_at: which of the tables that refer to shared rows can be read; by default all.
     """
 
@@ -50,16 +52,18 @@ class Usage:
         scope: Scope,
         migration: int | None = None,
         *,
+        came_from: str | None = None,
         looks_at: Callable[[Table], bool] = lambda _table: True,
     ) -> None:
         self._cell = cell
         self._elsewhere = elsewhere
         self._scope = scope
         self._migration = migration
+        self._came_from = came_from
         self._looks_at = looks_at
 
     def by_others(self, table: Table, keys: Collection[Key]) -> set[Key]:
-        """Return those of `keys` that somebody else uses, or another move brings.
+        """Return those of `keys` that somebody else uses, or a move from another cell brings.
 
         A shared row that refers to one of them counts if it is itself used by others.
         """
@@ -124,6 +128,8 @@ class Usage:
             " JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace"
             " WHERE n.nspname = 'cellferry' AND c.relname IN ('gate', 'imported_row')"
             " AND has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT')"
+            " AND (c.relname = 'gate' OR EXISTS (SELECT FROM pg_catalog.pg_attribute AS a"
+            " WHERE a.attrelid = c.oid AND a.attname = 'came_from' AND NOT a.attisdropped))"
         ).fetchone()
         return row == (2,)
 
@@ -142,25 +148,63 @@ class Usage:
         ]
 
     def brought_by_others(self, table: Table, keys: Collection[Key]) -> set[Key]:
-        """Return those of `keys` that another migration, which is under way, brings here.
+        """Return those of `keys` that a migration under way brings here from another cell.
 
-        It follows their changes, perhaps in another cell than ours; both would never agree.
+        It follows their changes there; both would never agree.
         """
         if not self._is_prepared():
             return set()
-        width = len(table.primary_key)
         statement = sql.SQL(
-            "SELECT i.key FROM cellferry.imported_row AS i JOIN {} ON i.key = ARRAY[{}]"
-            " WHERE i.relation = {} AND i.migration IS DISTINCT FROM {} AND EXISTS"
-            " (SELECT FROM cellferry.gate AS g"
-            " WHERE g.migration = i.migration AND g.state = 'importing')"
+            "SELECT DISTINCT i.key FROM {} WHERE {} AND {} AND i.came_from IS DISTINCT FROM {}"
         ).format(
-            texts_relation(keys, width),
-            sql.SQL(", ").join(sql.Identifier("k", f"k{number}") for number in range(1, width + 1)),
-            sql.Literal(str(table.name)),
-            sql.Literal(self._migration),
+            _recorded(table, keys),
+            self._by_another(table),
+            _UNDER_WAY,
+            sql.Literal(self._came_from),
         )
         return {tuple(key) for (key,) in self._cell.execute(statement, prepare=False)}
+
+    def brought_alongside(self, table: Table, keys: Collection[Key]) -> dict[Key, bool]:
+        """Return those of `keys` that other migrations under way bring from the same cell.
+
+        Returns:
+            By key whether the row was here before any of them.
+        """
+        if not keys:
+            return {}
+        statement = sql.SQL(
+            "SELECT i.key, bool_or(i.was_here) FROM {} WHERE {} AND {} AND i.came_from = {}"
+            " GROUP BY i.key"
+        ).format(
+            _recorded(table, keys),
+            self._by_another(table),
+            _UNDER_WAY,
+            sql.Literal(self._came_from),
+        )
+        found = self._cell.execute(statement, prepare=False)
+        return {tuple(key): was_here for key, was_here in found}
+
+    def by_arrived(self, table: Table, keys: Collection[Key]) -> set[Key]:
+        """Return those of `keys` that others use, having come here with them by another migration.
+
+        Costs one statement where there are none, however many rows refer to others: it is asked
+        under the gate.
+        """
+        if not keys:
+            return set()
+        statement = sql.SQL(
+            "SELECT DISTINCT i.key FROM {} WHERE {} AND EXISTS"
+            " (SELECT FROM cellferry.lease AS l"
+            " JOIN cellferry.gate AS g ON g.organization = l.organization"
+            " WHERE l.migration = i.migration AND g.state IN ('open', 'frozen'))"
+        ).format(_recorded(table, keys), self._by_another(table))
+        came = {tuple(key) for (key,) in self._cell.execute(statement, prepare=False)}
+        return self.by_others(table, came)
+
+    def _by_another(self, table: Table) -> sql.Composed:
+        return sql.SQL("i.relation = {} AND i.migration IS DISTINCT FROM {}").format(
+            sql.Literal(str(table.name)), sql.Literal(self._migration)
+        )
 
     def _used_directly(
         self,
@@ -245,6 +289,22 @@ class Usage:
         )
         found = self._cell.execute(statement, prepare=False)
         return [(tuple(key), tuple(user)) for key, user in found]
+
+
+def _recorded(table: Table, keys: Collection[Key]) -> sql.Composed:
+    """Return what follows FROM: the records `i` of some keys."""
+    width = len(table.primary_key)
+    return sql.SQL("cellferry.imported_row AS i JOIN {} ON i.key = ARRAY[{}]").format(
+        texts_relation(keys, width),
+        sql.SQL(", ").join(sql.Identifier("k", f"k{number}") for number in range(1, width + 1)),
+    )
+
+
+#: The migration of a record `i` brings its organization here now.
+_UNDER_WAY = sql.SQL(
+    "EXISTS (SELECT FROM cellferry.gate AS g"
+    " WHERE g.migration = i.migration AND g.state = 'importing')"
+)
 
 
 def tie(foreign_key: ForeignKey) -> sql.Composed:

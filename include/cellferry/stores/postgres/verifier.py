@@ -36,6 +36,7 @@ from cellferry.stores.postgres.scope import (
     text_array,
 )
 from cellferry.stores.postgres.transactions import snapshot
+from cellferry.stores.postgres.usage import Usage
 
 #: At most so many mismatches are told one by one.
 EXAMPLES = 100
@@ -106,6 +107,7 @@ class Verifier:
         self._progress = progress
         self._bucket_count = buckets
         self._excuses_dirty = excuses_dirty
+        self._usage = Usage(destination, source, scope, move.migration)
 
     def run(self) -> Verification:
         """Compare every table, then look for orphans and dangling references."""
@@ -354,7 +356,13 @@ class Verifier:
         return {tuple(key) for _, key in connection.execute(statement)}
 
     def _imported(self, table: Table, findings: _Findings) -> None:
-        """Compare the referenced rows that this migration brought."""
+        """Compare the referenced rows that this migration brought.
+
+        Those that came with another organization as well, which has arrived, may differ: it may
+        change them at the destination.
+        """
+        # The destination's snapshot is the older of the two: what other moves bring meanwhile the
+        # source has as well, in the row or in the log.
         imported = {
             tuple(key)
             for (key,) in self._destination.execute(
@@ -369,17 +377,22 @@ class Verifier:
             self._hashes(connection, table, imported)
             for connection in (self._source, self._destination)
         )
-        findings.compared += len(here)
-        for key in sorted(here):
-            # A row that is gone at the source stays at the destination: nobody's row is deleted.
-            if key in dirty or here[key] == there.get(key):
-                continue
+        # A row that is gone at the source stays at the destination: nobody's row is deleted.
+        different = {key for key in here if here[key] != there.get(key)} - dirty
+        arrived: set[Key] = set()
+        if not self._move.returning:
+            arrived = self._usage.by_arrived(table, different)
+        for key in sorted(different - arrived):
             findings.add(str(table.name), key, DIFFERS if key in there else MISSING)
+        for key in arrived:
+            del here[key]
+        findings.compared += len(here)
         findings.hashes[str(table.name)] = {
             "count": len(here),
             "source": str(sum(here.values())),
             "destination": str(sum(there[key] for key in there if key in here)),
             "placement": table.placement.value,
+            **({"left to others that arrived": len(arrived)} if arrived else {}),
         }
 
     def _hashes(
