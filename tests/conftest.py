@@ -8,6 +8,7 @@ settings.load_profile("cellferry")
 
 pytest_plugins = [
     "fixtures.patience",
+    "fixtures.interrupts",
     "fixtures.postgres",
     "fixtures.valkey",
     "fixtures.ferry",

@@ -357,6 +357,7 @@ def test_a_pause_ends_both_lanes_though_they_are_blocked(
         finish(ferry, move)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_two_blocked_lanes(ferry: Ferry, lanes: None) -> None:
     def interrupt() -> None:
         in_time(lambda: blocked(ferry, ISSUES, EVENTS))

@@ -118,6 +118,7 @@ def test_lanes_that_wait_for_each_other_are_woken_at_the_end() -> None:
         Lanes(2).run(wait, nothing, agenda.close)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_while_all_lanes_work_ends_them() -> None:
     threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 
