@@ -30,6 +30,7 @@ from cellferry.stores.postgres.scope import (
     keys_join,
     keys_match,
     keys_relation,
+    present_keys,
 )
 from cellferry.stores.postgres.transactions import snapshot, write
 from cellferry.stores.postgres.wire import Wire
@@ -103,20 +104,22 @@ class Applier:
                 )
         return applied
 
-    def follows(self, keys: Keys) -> bool:
-        """Whether `keys` of shared rows may be this migration's to bring up to date."""
-        return bool(self._references.may_follow(keys))
+    def may_follow(self, keys: Keys) -> Mapping[Table, set[Key]]:
+        """Return those of `keys` that are shared rows which this migration may have brought."""
+        return self._references.may_follow(keys)
 
-    def follow(self, keys: Keys) -> Applied:
-        """Bring the shared rows of `keys` up to date that this migration brought, and commit.
+    def follow(self, candidates: Mapping[Table, set[Key]]) -> Applied:
+        """Bring the shared rows up to date that this migration brought, and commit.
 
         Outside of any snapshot: the source is read when the rows are locked.
+
+        Args:
+            candidates: what `may_follow` returned.
 
         Raises:
             VerificationFailed, LeaseLost, PermanentError: as `apply`.
             TransientError: a row is locked.
         """
-        candidates = self._references.may_follow(keys)
         for careful in (None, False, True, True):
             try:
                 return self._follow(candidates, careful=careful)
@@ -388,18 +391,7 @@ class Applier:
                 prepare=False,
             )
         }
-        if not wanted:
-            return set()
-        there = {
-            tuple(key)
-            for (key,) in self._destination.execute(
-                sql.SQL("SELECT {} FROM {} AS t {}").format(
-                    key_array(parent, "t"), parent.name.identifier, keys_join(parent, wanted)
-                ),
-                prepare=False,
-            )
-        }
-        return wanted - there
+        return wanted - present_keys(self._destination, parent, wanted)
 
     def _bring_references(self, done: Mapping[str, set[Key]], *, complete: bool) -> tuple[int, int]:
         """Insert the referenced rows that the applied rows need and the destination lacks.

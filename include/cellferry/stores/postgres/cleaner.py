@@ -28,8 +28,10 @@ from cellferry.stores.postgres.scope import (
     keys_match,
     keys_relation,
     parse_key,
+    texts_columns,
 )
 from cellferry.stores.postgres.transactions import write
+from cellferry.stores.postgres.usage import recorded
 from cellferry.stores.throttle import Throttle
 
 BATCH = 20_000
@@ -285,13 +287,10 @@ class Cleaner:
         return left
 
     def _brought_by_others(self, table: Table, keys: Collection[Key]) -> set[Key]:
-        width = len(table.primary_key)
         statement = sql.SQL(
-            "SELECT DISTINCT i.key FROM cellferry.imported_row AS i JOIN {} ON i.key = ARRAY[{}]"
-            " WHERE i.relation = {} AND i.migration <> {}"
+            "SELECT DISTINCT i.key FROM {} WHERE i.relation = {} AND i.migration <> {}"
         ).format(
-            keys_relation(table, keys),
-            sql.SQL(", ").join(sql.Identifier("k", f"k{number}") for number in range(1, width + 1)),
+            recorded(table, keys),
             sql.Literal(str(table.name)),
             sql.Literal(self._move.migration),
         )
@@ -397,10 +396,7 @@ class Cleaner:
             statement = sql.SQL(
                 "SELECT {} FROM {} WHERE EXISTS (SELECT 1 FROM {} AS c WHERE {} AND {})"
             ).format(
-                sql.SQL(", ").join(
-                    sql.Identifier("k", f"k{number}")
-                    for number in range(1, len(table.primary_key) + 1)
-                ),
+                texts_columns(len(table.primary_key)),
                 keys_relation(table, keys),
                 child.name.identifier,
                 matches,

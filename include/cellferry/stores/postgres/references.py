@@ -36,13 +36,15 @@ from cellferry.stores.postgres.scope import (
     Key,
     Scope,
     keys_join,
+    present_keys,
     row_hash,
+    texts_columns,
     texts_match,
     texts_relation,
 )
 from cellferry.stores.postgres.taking_over import BATCH as LOCKED
 from cellferry.stores.postgres.taking_over import TakeOver
-from cellferry.stores.postgres.usage import Usage
+from cellferry.stores.postgres.usage import Usage, recorded
 from cellferry.stores.postgres.wire import Inlet, Outlet, Wire
 
 BATCH = 10_000
@@ -238,7 +240,7 @@ class ReferencedRows:
         name = str(parent.name)
         wanted = self._at_source(parent, foreign_key, values)
         wanted = {key for key in wanted if (name, key) not in self._followed_up}
-        present = self._take_over.present(parent, wanted)
+        present = present_keys(self._destination, parent, wanted)
         came = self._imported(parent, present)
         changed = volume = 0
         for some in _batches(sorted(self._take_over.unused(parent, present - came)), LOCKED):
@@ -288,9 +290,7 @@ class ReferencedRows:
         statement = sql.SQL(
             "SELECT {} FROM {} WHERE NOT EXISTS (SELECT 1 FROM {} AS t WHERE {})"
         ).format(
-            sql.SQL(", ").join(
-                sql.Identifier("k", f"k{number}") for number in range(1, len(columns) + 1)
-            ),
+            texts_columns(len(columns)),
             texts_relation(values, len(columns)),
             parent.name.identifier,
             texts_match([parent.column(column) for column in columns]),
@@ -430,7 +430,7 @@ class ReferencedRows:
         Raises:
             psycopg.errors.UniqueViolation: as `TakeOver.renew`.
         """
-        present = self.present(table, held.keys)
+        present = present_keys(self._source, table, held.keys)
         if present:
             self._take_over.renew(table, present, held.locked, careful=careful)
             self._record(table, (held.fresh & present) - held.locked)
@@ -443,11 +443,17 @@ class ReferencedRows:
         They stay as they are here now; what they are is looked at again right before the cutover,
         in case it was rolled back.
         """
+        width = len(table.primary_key)
         self._destination.execute(
             sql.SQL(
                 "DELETE FROM cellferry.imported_row AS i USING {} WHERE i.key = ARRAY[{}]"
                 " AND i.migration = {} AND i.relation = {}"
-            ).format(*self._records(table, keys)),
+            ).format(
+                texts_relation(keys, width),
+                texts_columns(width),
+                sql.Literal(self._migration),
+                sql.Literal(str(table.name)),
+            ),
             prepare=False,
         )
         self._note_left()
@@ -509,19 +515,8 @@ class ReferencedRows:
 
     def _brought(self, table: Table, among: Collection[Key]) -> sql.Composed:
         """Return a query for those of `among` that this migration brought."""
-        return sql.SQL(
-            "SELECT i.key FROM cellferry.imported_row AS i JOIN {} ON i.key = ARRAY[{}]"
-            " WHERE i.migration = {} AND i.relation = {}"
-        ).format(*self._records(table, among))
-
-    def _records(self, table: Table, keys: Collection[Key]) -> tuple[sql.Composable, ...]:
-        """Return what selects the records `i` of this migration: keys, key, migration, relation."""
-        width = len(table.primary_key)
-        return (
-            texts_relation(keys, width),
-            sql.SQL(", ").join(sql.Identifier("k", f"k{number}") for number in range(1, width + 1)),
-            sql.Literal(self._migration),
-            sql.Literal(str(table.name)),
+        return sql.SQL("SELECT i.key FROM {} WHERE i.migration = {} AND i.relation = {}").format(
+            recorded(table, among), sql.Literal(self._migration), sql.Literal(str(table.name))
         )
 
     def has_holders(self, table: Table) -> bool:
@@ -577,7 +572,7 @@ class ReferencedRows:
             ).format(
                 sql.Literal(self._migration),
                 sql.Literal(str(table.name)),
-                sql.SQL(", ").join(sql.Identifier("k", f"k{n}") for n in range(1, width + 1)),
+                texts_columns(width),
                 sql.Literal(was_here),
                 sql.Literal(self._came_from),
                 texts_relation(keys, width),
@@ -594,17 +589,6 @@ class ReferencedRows:
         brought = {key for key, was_here in alongside.items() if not was_here}
         self._record(table, brought)
         self._record(table, keys - brought, was_here=True)
-
-    def present(self, table: Table, keys: Collection[Key]) -> set[Key]:
-        """Return those of `keys` that the source has."""
-        return {
-            tuple(key)
-            for (key,) in self._source.execute(
-                sql.SQL("SELECT {} FROM {} AS t {}").format(
-                    key_array(table, "t"), table.name.identifier, keys_join(table, keys)
-                )
-            )
-        }
 
 
 def outward(scope: Scope, table: Table) -> tuple[ForeignKey, ...]:

@@ -108,7 +108,7 @@ class Repairer:
         for some in _pieces(keys):
             self._progress.check()
             if table.placement is not Placement.OWNED:
-                self._applier.follow({str(table.name): some})
+                self._applier.follow(self._applier.may_follow({str(table.name): some}))
                 self._repaired += len(some)
             elif self._before_commit is None:
                 self._applier.take_over({str(table.name): some})

@@ -183,14 +183,14 @@ class Rounds:
         shared = DirtyKeys()
         with snapshot(self._source):
             dirty = self._read_log(max_keys, max_rows)
-            is_done = not self._applier.follows(dirty.keys)
-            if is_done:
+            candidates = self._applier.may_follow(dirty.keys)
+            if not candidates:
                 applied.add(self._apply(dirty, before_commit))
-        if not is_done:
+        if candidates:
             # Shared rows first. Other moves write them, too: they are read when they are locked.
             shared, dirty = dirty, DirtyKeys()
             shared.leave_only(self._shared)
-            applied.add(self._applier.follow(shared.keys))
+            applied.add(self._applier.follow(candidates))
             with snapshot(self._source):
                 dirty = self._read_log(max_keys, max_rows)
                 # Of shared rows only what was seen before they were read may be forgotten.

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
+import psycopg
 from psycopg import sql
 
 from cellferry.errors import UnsupportedSchema
@@ -142,6 +144,18 @@ def keys_join(table: Table, keys: Collection[Key], row: str = "t") -> sql.Compos
     return sql.SQL("JOIN {} ON {}").format(keys_relation(table, keys), keys_match(table, row))
 
 
+def present_keys(
+    connection: psycopg.Connection[Any], table: Table, keys: Collection[Key]
+) -> set[Key]:
+    """Return those of `keys` of which `connection`'s server has rows."""
+    if not keys:
+        return set()
+    statement = sql.SQL("SELECT {} FROM {} AS t {}").format(
+        key_array(table, "t"), table.name.identifier, keys_join(table, keys)
+    )
+    return {tuple(key) for (key,) in connection.execute(statement, prepare=False)}
+
+
 def keys_relation(table: Table, keys: Collection[Key]) -> sql.Composed:
     """Return `unnest(…) AS k(k1, k2 …)`: `keys` as a relation of typed columns."""
     return texts_relation(keys, len(table.primary_key))
@@ -160,6 +174,11 @@ def texts_relation(values: Collection[Key], width: int) -> sql.Composed:
         sql.SQL(", ").join(sql.SQL("{}::text[]").format(text_array(column)) for column in columns),
         sql.SQL(", ").join(sql.Identifier(f"k{number}") for number in range(1, width + 1)),
     )
+
+
+def texts_columns(width: int) -> sql.Composed:
+    """Return `k.k1, k.k2 …`: the columns of a relation of `width` texts."""
+    return sql.SQL(", ").join(sql.Identifier("k", f"k{number}") for number in range(1, width + 1))
 
 
 def texts_match(columns: Sequence[Column], row: str = "t") -> sql.Composed:

@@ -34,6 +34,7 @@ from cellferry.stores.postgres.scope import (
     keys_join,
     keys_match,
     keys_relation,
+    present_keys,
     row_hash,
 )
 from cellferry.stores.postgres.usage import Usage
@@ -77,15 +78,6 @@ class TakeOver:
         self._scope = scope
         self._usage = usage
         self._carry = carry
-
-    def present(self, table: Table, keys: Collection[Key]) -> set[Key]:
-        """Return those of `keys` that the destination has."""
-        if not keys:
-            return set()
-        statement = sql.SQL("SELECT {} FROM {} AS t {}").format(
-            key_array(table, "t"), table.name.identifier, keys_join(table, keys)
-        )
-        return {tuple(key) for (key,) in self._destination.execute(statement, prepare=False)}
 
     def unused(self, table: Table, keys: Collection[Key]) -> set[Key]:
         """Return those of `keys` that nobody else uses at the destination."""
@@ -285,7 +277,7 @@ class TakeOver:
                     found = self._destination.execute(statement, prepare=False)
                     sessions.set_locally(self._destination, "lock_timeout", "0")
                 locked = {tuple(key) for (key,) in found}
-                if self.present(table, keys) <= locked:
+                if present_keys(self._destination, table, keys) <= locked:
                     break
         except psycopg.errors.LockNotAvailable as error:
             raise TransientError(

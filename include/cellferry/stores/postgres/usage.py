@@ -25,6 +25,7 @@ from cellferry.stores.postgres.scope import (
     keys_match,
     keys_relation,
     text_array,
+    texts_columns,
     texts_relation,
 )
 
@@ -157,7 +158,7 @@ class Usage:
         statement = sql.SQL(
             "SELECT DISTINCT i.key FROM {} WHERE {} AND {} AND i.came_from IS DISTINCT FROM {}"
         ).format(
-            _recorded(table, keys),
+            recorded(table, keys),
             self._by_another(table),
             _UNDER_WAY,
             sql.Literal(self._came_from),
@@ -176,7 +177,7 @@ class Usage:
             "SELECT i.key, bool_or(i.was_here) FROM {} WHERE {} AND {} AND i.came_from = {}"
             " GROUP BY i.key"
         ).format(
-            _recorded(table, keys),
+            recorded(table, keys),
             self._by_another(table),
             _UNDER_WAY,
             sql.Literal(self._came_from),
@@ -197,7 +198,7 @@ class Usage:
             " (SELECT FROM cellferry.lease AS l"
             " JOIN cellferry.gate AS g ON g.organization = l.organization"
             " WHERE l.migration = i.migration AND g.state IN ('open', 'frozen'))"
-        ).format(_recorded(table, keys), self._by_another(table))
+        ).format(recorded(table, keys), self._by_another(table))
         came = {tuple(key) for (key,) in self._cell.execute(statement, prepare=False)}
         return self.by_others(table, came)
 
@@ -291,12 +292,11 @@ class Usage:
         return [(tuple(key), tuple(user)) for key, user in found]
 
 
-def _recorded(table: Table, keys: Collection[Key]) -> sql.Composed:
-    """Return what follows FROM: the records `i` of some keys."""
+def recorded(table: Table, keys: Collection[Key]) -> sql.Composed:
+    """Return what follows FROM: the records `i` of some keys, whatever their relation."""
     width = len(table.primary_key)
     return sql.SQL("cellferry.imported_row AS i JOIN {} ON i.key = ARRAY[{}]").format(
-        texts_relation(keys, width),
-        sql.SQL(", ").join(sql.Identifier("k", f"k{number}") for number in range(1, width + 1)),
+        texts_relation(keys, width), texts_columns(width)
     )
 
 
