@@ -9,6 +9,7 @@ import pytest
 
 from cellferry.migration import steps
 from cellferry.model import Organization, Side
+from cellferry.stores.postgres import rounds
 from cellferry.stores.postgres.delta import Delta
 from cellferry.stores.postgres.references import ReferencedRows
 from fixtures.cells import TwoCells
@@ -28,10 +29,10 @@ def test_who_refers_to_a_row_while_it_is_brought_up_to_date_finds_it(
         move.copy()
     change = "email = 'changed'" if email else "plan_id = NULL"
     ferry.run(Side.SOURCE, f"UPDATE users SET {change} WHERE id = 2")
-    kind = Delta if quickly else ReferencedRows
-    original = kind.follow
+    kind, name = (Delta, "_write") if quickly else (ReferencedRows, "follow")
+    original = getattr(kind, name)
     if not quickly:
-        monkeypatch.setattr(Delta, "can_follow", lambda *_: False)
+        monkeypatch.setattr(rounds, "MOST_KEYS", 0)
 
     def refer() -> None:
         with ferry.session(Side.DESTINATION) as neighbour:
@@ -52,7 +53,7 @@ def test_who_refers_to_a_row_while_it_is_brought_up_to_date_finds_it(
             return result
 
         with ferry.opened(ferry.move(attempt=2)) as move:
-            monkeypatch.setattr(kind, "follow", beside_a_neighbour)
+            monkeypatch.setattr(kind, name, beside_a_neighbour)
             move.sync()
         referring[0].result(60)
 

@@ -7,7 +7,8 @@ savepoint) does not matter: only its current row does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import psycopg
@@ -19,9 +20,9 @@ from cellferry.stores.postgres import gate
 from cellferry.stores.postgres.applied import Applied, dangling, deletes, digests
 from cellferry.stores.postgres.children import children_of, tie
 from cellferry.stores.postgres.conflicts import WAITING_ROOM, admit, clear_the_way, waiting_room
-from cellferry.stores.postgres.delta import Delta, UnusualError
+from cellferry.stores.postgres.delta import REFUSED, Delta
 from cellferry.stores.postgres.ownership import owner_text
-from cellferry.stores.postgres.references import Needs, ReferencedRows, crossing, outward
+from cellferry.stores.postgres.references import Held, Needs, ReferencedRows, crossing, outward
 from cellferry.stores.postgres.row_keys import key_array
 from cellferry.stores.postgres.schema import ForeignKey, Hop, Placement, Table
 from cellferry.stores.postgres.scope import (
@@ -120,33 +121,66 @@ class Applier:
             VerificationFailed, LeaseLost, PermanentError: as `apply`.
             TransientError: a row is locked.
         """
-        for careful in (None, False, True, True):
+        for careful in (False, True, True):
             try:
                 return self._follow(candidates, careful=careful)
-            except UnusualError:
-                continue
             except (psycopg.errors.UniqueViolation, psycopg.errors.ExclusionViolation) as error:
                 refused = error
         raise refused
 
-    def _follow(self, candidates: Mapping[Table, set[Key]], *, careful: bool | None) -> Applied:
-        """Follow in one transaction: in the quick way, unless `careful` says how else."""
+    def _follow(self, candidates: Mapping[Table, set[Key]], *, careful: bool) -> Applied:
         applied = Applied()
-        with write(self._destination, self._move):
-            if self._move.returning:
-                gate.hold_retained(self._destination, self._move)
-            held = self._references.hold(candidates)
+        with self._holding(candidates) as held:
             if held:
                 with snapshot(self._source):
-                    if careful is None and self._delta.can_follow(held):
-                        return self._delta.follow(held)
                     done = {
-                        str(table.name): self._references.follow(table, one, careful=bool(careful))
+                        str(table.name): self._references.follow(table, one, careful=careful)
                         for table, one in held.items()
                     }
                     self._compare(done, applied)
                 applied.keys = sum(len(some) for some in done.values())
         return applied
+
+    def apply_and_follow(
+        self,
+        candidates: Mapping[Table, set[Key]],
+        read_keys: Callable[[], Keys | None],
+        before_commit: Callable[[], None] | None,
+    ) -> Applied | None:
+        """Do `follow` and `apply` for a few keys, in one transaction; or change nothing.
+
+        Args:
+            candidates: what `may_follow` returned.
+            read_keys: reads all keys that are dirty in the snapshot that is open when it is called;
+                None if these are too many.
+            before_commit: as for `apply`.
+
+        Returns:
+            None where it takes the general way, which is `follow` and then `apply`.
+
+        Raises:
+            LeaseLost, TransientError: as `follow`.
+        """
+        try:
+            with self._holding(candidates) as held:
+                with snapshot(self._source):
+                    keys = read_keys()
+                    if keys is None:
+                        return None
+                    applied = self._delta.apply_with(held, keys)
+                if before_commit is not None:
+                    before_commit()
+        except REFUSED:
+            return None
+        return applied
+
+    @contextmanager
+    def _holding(self, candidates: Mapping[Table, set[Key]]) -> Iterator[Mapping[Table, Held]]:
+        """Write while shared rows are locked: only then may the source be read."""
+        with write(self._destination, self._move):
+            if self._move.returning:
+                gate.hold_retained(self._destination, self._move)
+            yield self._references.hold(candidates)
 
     def take_over(self, keys: Keys) -> Applied:
         """Bring shared rows that the applied rows came to need, and that nobody else uses.

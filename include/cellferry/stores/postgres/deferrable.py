@@ -6,16 +6,18 @@ in, since its check is a trigger, which does not fire for the mover.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from psycopg import sql
 
 from cellferry.stores.postgres.schema import Table, Unique
-from cellferry.stores.postgres.scope import Key, keys_match, keys_relation
+from cellferry.stores.postgres.scope import keys_match
 
 
-def violations(table: Table, unique: Unique, keys: Collection[Key]) -> sql.Composed:
-    """Return a query that finds rows of `keys` that conflict with another row of their table."""
+def violations(table: Table, unique: Unique, keys: sql.Composable) -> sql.Composed:
+    """Return a query that finds rows that conflict with another row of their table.
+
+    Args:
+        keys: the keys of the rows, as the relation `k`.
+    """
     return sql.SQL(
         "SELECT 1 FROM (SELECT t.*, {values} FROM {table} AS t WHERE {condition}) AS t"
         " JOIN (SELECT t.*, {values} FROM {table} AS t WHERE {condition}) AS s"
@@ -35,7 +37,7 @@ def violations(table: Table, unique: Unique, keys: Collection[Key]) -> sql.Compo
             sql.SQL("{} = {}").format(sql.Identifier("t", name), sql.Identifier("s", name))
             for name in table.primary_key
         ),
-        keys=keys_relation(table, keys),
+        keys=keys,
         match=keys_match(table, "s"),
     )
 

@@ -4,7 +4,8 @@ Under the gate writers wait, and on a busy machine each round trip costs a turn 
 at both ends: some for each table make a pause of tens of milliseconds one of hundreds. So a small
 round asks the source for all rows at once and tells the destination everything at once, in
 libpq's pipeline mode. COPY knows no pipeline; rows travel as the text that PostgreSQL's own
-output functions write and its input functions read, as in a dump.
+output functions write and its input functions read, as in a dump. Statements are prepared: they
+are composed, parsed and planned once, by the rounds before the gate is closed.
 
 Only the ordinary case is here. Whatever is unusual (a unique value in the way, a child without its
 parent, a row of another organization) is rolled back and left to `apply`.
@@ -12,7 +13,7 @@ parent, a row of another organization) is rolled back and left to `apply`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,7 +22,8 @@ import psycopg
 from psycopg import sql
 
 from cellferry.model import Move
-from cellferry.stores.postgres.applied import Applied, Dirty, dangling, deletes, digests
+from cellferry.stores.postgres import sessions
+from cellferry.stores.postgres.applied import Applied, Dirty, dangling
 from cellferry.stores.postgres.children import children_of
 from cellferry.stores.postgres.deferrable import violations
 from cellferry.stores.postgres.ownership import owner_text
@@ -32,16 +34,18 @@ from cellferry.stores.postgres.references import (
     crossing,
     outward,
 )
-from cellferry.stores.postgres.rendering import PARAMETER, rendered, with_parameters
+from cellferry.stores.postgres.rendering import PARAMETER, with_parameters
 from cellferry.stores.postgres.row_keys import key_array
-from cellferry.stores.postgres.schema import Column, ForeignKey, Placement, Table
+from cellferry.stores.postgres.schema import Column, ForeignKey, Placement, Table, Unique
 from cellferry.stores.postgres.scope import (
     Key,
     Scope,
     column_list,
-    keys_join,
+    columns_of,
+    given_keys,
     keys_match,
-    keys_relation,
+    once_for_each_scope,
+    row_hash,
 )
 from cellferry.stores.postgres.taking_over import must_be_replaced
 from cellferry.stores.postgres.transactions import write
@@ -54,17 +58,21 @@ class UnusualError(Exception):
     """Something that only the general way can handle; the transaction is to be rolled back."""
 
 
+#: What says that the general way is needed.
+REFUSED = (UnusualError, psycopg.errors.UniqueViolation, psycopg.errors.ExclusionViolation)
+
+
 @dataclass(frozen=True)
 class _Read:
     """What one snapshot of the source says of the keys.
 
     Attributes:
         rows: the current rows by table and key, as texts.
-        digest: by table's name.
+        digest: by table how many, and the sum of their hashes.
     """
 
     rows: Mapping[Table, Mapping[Key, tuple[str | None, ...]]]
-    digest: Mapping[str, tuple[Any, ...]]
+    digest: Mapping[Table, tuple[int, str]]
 
 
 class Delta:
@@ -100,143 +108,114 @@ class Delta:
         Raises:
             LeaseLost: another attempt took over.
         """
-        owned = {table: some for table in self._scope.tables if (some := keys.get(str(table.name)))}
-        if not 0 < sum(map(len, owned.values())) <= MOST_KEYS:
+        owned = self._owned(keys)
+        if not 0 < sum(map(len, owned.values())) <= MOST_KEYS or self._scope.owns_in_circles:
             return None
         read = self._read(owned)
         try:
             with write(self._destination, self._move):
-                applied = self._write(owned, read)
+                applied = self._write(owned, {}, read)
                 if before_commit is not None:
                     before_commit()
-        except (UnusualError, psycopg.errors.UniqueViolation, psycopg.errors.ExclusionViolation):
+        except REFUSED:
             return None
         return applied
 
-    def can_follow(self, held: Mapping[Table, Held]) -> bool:
-        """Whether so many shared rows, of these tables, may go this way."""
-        return sum(len(one.keys) for one in held.values()) <= MOST_KEYS and not any(
-            self._references.has_holders(table) for table in held
-        )
+    def apply_with(self, held: Mapping[Table, Held], keys: Mapping[str, set[Key]]) -> Applied:
+        """Apply `keys` and make shared rows as they are at the source.
 
-    def follow(self, held: Mapping[Table, Held]) -> Applied:
-        """Make shared rows as they are at the source; in the caller's transaction.
+        In the caller's transaction at the destination, which has locked the shared rows before it
+        opened the snapshot of the source.
 
         Raises:
-            UnusualError, psycopg.errors.UniqueViolation: it needs the general way.
+            UnusualError, psycopg.errors.UniqueViolation, psycopg.errors.ExclusionViolation: it
+                needs the general way.
         """
-        read = self._read({table: one.keys for table, one in held.items()})
-        # A shared row that is gone at the source stays: nobody's row is deleted by a move.
-        present = {table: set(rows) for table in held if (rows := read.rows[table])}
-        unusual = []
-        if not present:
-            return Applied()
-        with self._destination.pipeline():
-            for table in present:
-                rows = read.rows[table]
-                here = {key: row for key, row in rows.items() if key in held[table].locked}
-                if must_be_replaced(table):
-                    if here:
-                        self._destination.execute(_delete_shared(table, set(here)), prepare=False)
-                    here = {}
-                elif here and (update := _update(table)):
-                    # A neighbour that is about to refer to one must find it where it is.
-                    self._destination.execute(update, _columns(here.values()))
-                if must_be_replaced(table) or len(here) < len(rows):
-                    new = [rows[key] for key in sorted(rows.keys() - here.keys())]
-                    self._destination.execute(_insert(table), _columns(new))
-            if conflicts := self._conflicts(present, read):
-                unusual.append(self._destination.execute(conflicts, prepare=False))
-            digest = self._destination.execute(digests(self._scope, present), prepare=False)
-        if any(cursor.fetchone() for cursor in unusual):
+        if self._scope.owns_in_circles or any(map(self._references.has_holders, held)):
             raise UnusualError
-        return self._agreed(present, read, digest)
+        owned = self._owned(keys)
+        read = self._read({**owned, **{table: one.keys for table, one in held.items()}})
+        return self._write(owned, held, read)
+
+    def _owned(self, keys: Mapping[str, set[Key]]) -> Dirty:
+        return {table: some for table in self._scope.tables if (some := keys.get(str(table.name)))}
 
     def _read(self, wanted: Dirty) -> _Read:
         with self._source.pipeline():
+            _plan_once(self._source)
             selected = {
-                table: self._source.execute(self._select(table, some), prepare=False)
+                table: _run(self._source, _select(self._scope, table), some)
                 for table, some in wanted.items()
             }
-            digest = self._source.execute(digests(self._scope, wanted), prepare=False)
-        return _Read(
-            rows={
-                table: {tuple(key): tuple(values) for key, *values in cursor}
-                for table, cursor in selected.items()
-            },
-            digest={row[0]: row[1:] for row in digest},
-        )
+        rows: dict[Table, dict[Key, tuple[str | None, ...]]] = {}
+        digest = {}
+        for table, cursor in selected.items():
+            rows[table] = {}
+            total = 0
+            for key, hashed, *values in cursor:
+                rows[table][tuple(key)] = tuple(values)
+                total += hashed
+            digest[table] = (len(rows[table]), str(total))
+        return _Read(rows, digest)
 
-    def _select(self, table: Table, keys: set[Key]) -> sql.Composed:
-        return sql.SQL("SELECT {} FROM {} AS t {} WHERE {}").format(
-            _key_and_texts(table),
-            table.name.identifier,
-            keys_join(table, keys),
-            self._scope.owned(table) if table.owners else sql.SQL("true"),
-        )
-
-    def _write(self, owned: Dirty, read: _Read) -> Applied:
-        unusual = []
+    def _write(self, owned: Dirty, held: Mapping[Table, Held], read: _Read) -> Applied:
+        # A shared row that is gone at the source stays: nobody's row is deleted by a move.
+        shared = {table: set(rows) for table in held if (rows := read.rows[table])}
+        written = {**owned, **shared}
         with self._destination.pipeline():
-            if orphans := self._orphans(owned):
-                unusual.append(self._destination.execute(orphans, prepare=False))
+            _plan_once(self._destination)
+            for table in shared:
+                self._write_shared(table, held[table].locked, read.rows[table])
+            unusual = [
+                _run(self._destination, _orphan(table), some)
+                for table, some in owned.items()
+                if not table.has_direct_owner
+            ]
             children = [
                 (child, self._destination.execute(query, prepare=False))
                 for child, query in self._children_left(owned, read)
             ]
-            self._destination.execute(deletes(self._scope, owned), prepare=False)
+            # Children first: their guards ask the parents whose they are.
+            for table in reversed(list(owned)):
+                _run(self._destination, _delete(self._scope, table), owned[table])
             for table in owned:
                 if incoming := read.rows[table].values():
-                    self._destination.execute(_insert(table), _columns(incoming))
-            if conflicts := self._conflicts(owned, read):
-                unusual.append(self._destination.execute(conflicts, prepare=False))
-            checks = self._checks(owned)
-            missing = self._missing_references(checks)
-            digest = self._destination.execute(digests(self._scope, owned), prepare=False)
+                    _run(self._destination, _insert(table), incoming)
+            # The replica role does not check deferrable keys; a violation of the others is an
+            # error by itself.
+            unusual += [
+                _run(self._destination, _conflict(table, unique), some)
+                for table, some in written.items()
+                if read.rows[table]
+                for unique in table.uniques
+                if unique.deferrable
+            ]
+            looked_at = {table: self._look_at(table, some) for table, some in written.items()}
         if any(cursor.fetchone() for cursor in unusual) or any(
             not {tuple(key) for (key,) in cursor} <= owned.get(child, set())
             for child, cursor in children
         ):
             raise UnusualError
-        applied = self._agreed(owned, read, digest)
-        brought, size = self._bring(checks, missing)
+        digest, missing = self._told(looked_at)
+        applied = _agreed(written, read, digest)
+        brought, size = self._references.bring(missing)
         applied.rows += brought
         applied.bytes += size
         return applied
 
-    def _agreed(self, written: Dirty, read: _Read, digest: Iterable[tuple[Any, ...]]) -> Applied:
-        """Compare both sides, and say what was written."""
-        there = {row[0]: row[1:] for row in digest}
-        if there != {str(table.name): read.digest[str(table.name)] for table in written}:
-            raise UnusualError
-        applied = Applied(
-            keys=sum(len(some) for some in written.values()),
-            rows=sum(len(read.rows[table]) for table in written),
-            bytes=sum(
-                len(value)
-                for table in written
-                for row in read.rows[table].values()
-                for value in row
-                if value
-            ),
-            compared=sum(len(some) for some in written.values()),
-        )
-        for relation, (count, total) in there.items():
-            applied.hashes[relation] = {"count": str(count), "hash": str(total)}
-        return applied
-
-    def _orphans(self, owned: Dirty) -> sql.Composed | None:
-        """A query that finds keys of which the destination cannot tell whose they are."""
-        asked = {table: some for table, some in owned.items() if not table.has_direct_owner}
-        return _any_of(
-            sql.SQL("SELECT {} FROM {} AS t {} WHERE ({}) IS NULL").format(
-                key_array(table, "t"),
-                table.name.identifier,
-                keys_join(table, some),
-                owner_text(table, "t"),
-            )
-            for table, some in asked.items()
-        )
+    def _write_shared(
+        self, table: Table, locked: set[Key], rows: Mapping[Key, tuple[str | None, ...]]
+    ) -> None:
+        here = locked & rows.keys()
+        if must_be_replaced(table):
+            if here:
+                _run(self._destination, _delete_shared(table), here)
+            here = set()
+        elif here and (update := _update(table)):
+            # A neighbour that is about to refer to one must find it where it is.
+            _run(self._destination, update, [rows[key] for key in here])
+        if new := sorted(rows.keys() - here):
+            _run(self._destination, _insert(table), [rows[key] for key in new])
 
     def _children_left(self, owned: Dirty, read: _Read) -> Iterator[tuple[Table, sql.Composed]]:
         """Queries for the children of rows that are gone, where no constraint took them along.
@@ -249,85 +228,165 @@ class Delta:
                 if not hop.is_enforced:
                     yield hop.child, children_of(self._scope, hop.child, hop.hop, table, gone)
 
-    def _conflicts(self, written: Dirty, read: _Read) -> sql.Composed | None:
-        """A query that finds rows with the same value in a deferrable unique key.
-
-        The replica role does not check those; a violation of the others is an error by itself.
-        """
-        return _any_of(
-            violations(table, unique, written[table])
-            for table in written
-            if read.rows[table]
-            for unique in table.uniques
-            if unique.deferrable
-        )
-
-    def _checks(self, owned: Dirty) -> list[tuple[Table, ForeignKey, set[Key]]]:
+    def _checked(self, table: Table) -> tuple[ForeignKey, ...]:
         """The foreign keys to rows that are not the organization's; its own where refused."""
-        return [
-            (table, foreign_key, some)
-            for table, some in owned.items()
-            for foreign_key in (
-                *outward(self._scope, table),
-                *(crossing(self._scope, table) if self._refuses_crossings else ()),
-            )
-        ]
+        return _outward_and_crossing(self._scope, table, crossing_too=self._refuses_crossings)
 
-    def _missing_references(
-        self, checks: list[tuple[Table, ForeignKey, set[Key]]]
-    ) -> Iterable[tuple[Any, ...]]:
-        """Ask for rows that refer to shared or global rows which are not there."""
-        if not checks:
-            return ()
-        statement = sql.SQL(" UNION ALL ").join(
-            dangling(number, table, foreign_key, keys_join(table, some))
-            for number, (table, foreign_key, some) in enumerate(checks)
+    def _look_at(self, table: Table, keys: set[Key]) -> psycopg.Cursor[Any]:
+        """Ask for the rows' digest, and for what those of owned tables refer to and is missing."""
+        foreign_keys = self._checked(table) if table.owners else ()
+        return self._destination.execute(
+            _what_is_there(self._scope, table, foreign_keys),
+            columns_of(keys) * (1 + len(foreign_keys)),
+            prepare=True,
         )
-        return self._destination.execute(statement, prepare=False)
 
-    def _bring(
-        self,
-        checks: list[tuple[Table, ForeignKey, set[Key]]],
-        missing: Iterable[tuple[Any, ...]],
-    ) -> tuple[int, int]:
-        """Insert the shared rows that are missing; whatever else is missing is unusual."""
-        values: dict[int, set[Key]] = {}
-        for number, value in missing:
-            values.setdefault(number, set()).add(tuple(value))
-        needs: Needs = []
-        for number, some in values.items():
-            _, foreign_key, _ = checks[number]
-            if self._scope.data_map.by_name[foreign_key.parent].placement is not (
-                Placement.REFERENCED
-            ):
-                raise UnusualError
-            needs.append((foreign_key, some))
-        return self._references.bring(needs)
+    def _told(
+        self, looked_at: Mapping[Table, Iterable[tuple[int, list[str]]]]
+    ) -> tuple[dict[Table, tuple[int, str]], Needs]:
+        """Return digests, and the shared rows that are missing; what else is, is unusual."""
+        digest: dict[Table, tuple[int, str]] = {}
+        missing: dict[ForeignKey, set[Key]] = {}
+        for table, found in looked_at.items():
+            for number, values in found:
+                if number == 0:
+                    digest[table] = (int(values[0]), values[1])
+                else:
+                    foreign_key = self._checked(table)[number - 1]
+                    missing.setdefault(foreign_key, set()).add(tuple(values))
+        by_name = self._scope.data_map.by_name
+        if any(by_name[one.parent].placement is not Placement.REFERENCED for one in missing):
+            raise UnusualError
+        return digest, list(missing.items())
 
 
-def _columns(rows: Iterable[tuple[str | None, ...]]) -> list[list[str | None]]:
-    """Return `rows` as one list of texts for each column."""
-    return [list(values) for values in zip(*rows, strict=True)]
+def _plan_once(connection: psycopg.Connection[Any]) -> None:
+    """Plan each statement at its first use only: planning takes longer than most of them."""
+    sessions.set_locally(connection, "plan_cache_mode", "force_generic_plan")
 
 
-def _any_of(queries: Iterable[sql.Composed]) -> sql.Composed | None:
-    """Return a query that gives a row when one of `queries` does; None when there are none."""
-    parts = [sql.SQL("EXISTS ({})").format(query) for query in queries]
-    if not parts:
-        return None
-    return sql.SQL("SELECT 1 WHERE {}").format(sql.SQL(" OR ").join(parts))
+def _run(
+    connection: psycopg.Connection[Any],
+    statement: sql.Composed,
+    rows: Collection[Sequence[str | None]],
+) -> psycopg.Cursor[Any]:
+    return connection.execute(statement, columns_of(rows), prepare=True)
 
 
-def _delete_shared(table: Table, keys: set[Key]) -> sql.Composed:
-    return sql.SQL("DELETE FROM {} AS t USING {} WHERE {}").format(
-        table.name.identifier, keys_relation(table, keys), keys_match(table)
+def _agreed(written: Dirty, read: _Read, there: Mapping[Table, tuple[int, str]]) -> Applied:
+    """Compare both sides, and say what was written."""
+    if there != {table: read.digest[table] for table in written}:
+        raise UnusualError
+    applied = Applied(
+        keys=sum(len(some) for some in written.values()),
+        rows=sum(len(read.rows[table]) for table in written),
+        bytes=sum(
+            len(value)
+            for table in written
+            for row in read.rows[table].values()
+            for value in row
+            if value
+        ),
+        compared=sum(len(some) for some in written.values()),
+    )
+    for table in written:
+        count, total = read.digest[table]
+        applied.hashes[str(table.name)] = {"count": str(count), "hash": total}
+    return applied
+
+
+@once_for_each_scope
+def _outward_and_crossing(
+    scope: Scope, table: Table, *, crossing_too: bool
+) -> tuple[ForeignKey, ...]:
+    return (*outward(scope, table), *(crossing(scope, table) if crossing_too else ()))
+
+
+@once_for_each_scope
+def _select(scope: Scope, table: Table) -> sql.Composed:
+    """Select keys, hashes and values of the rows given by key, as far as they are owned."""
+    return with_parameters(
+        sql.SQL("SELECT {}, ({})::bigint, {} FROM {} AS t {} WHERE {}").format(
+            key_array(table, "t"),
+            row_hash(table),
+            sql.SQL(", ").join(_as_text(column) for column in table.copied_columns),
+            table.name.identifier,
+            _join(table),
+            _is_ours(scope, table),
+        )
+    )
+
+
+@once_for_each_scope
+def _what_is_there(
+    scope: Scope, table: Table, foreign_keys: tuple[ForeignKey, ...]
+) -> sql.Composed:
+    """Of the rows given by key select a line 0: their count and hash, as far as they are owned.
+
+    And lines 1, 2 …: the values of the first foreign key, the second … that lead to no row. The
+    keys are given once for the former, and once for each foreign key.
+    """
+    digest = sql.SQL(
+        "SELECT 0, ARRAY[count(*)::text, COALESCE(sum({}), 0)::text] FROM {} AS t {} WHERE {}"
+    ).format(row_hash(table), table.name.identifier, _join(table), _is_ours(scope, table))
+    return with_parameters(
+        sql.SQL(" UNION ALL ").join(
+            [
+                digest,
+                *(
+                    dangling(number, table, foreign_key, _join(table))
+                    for number, foreign_key in enumerate(foreign_keys, 1)
+                ),
+            ]
+        )
     )
 
 
 @lru_cache(4096)
-def _key_and_texts(table: Table) -> sql.Composed:
-    columns = (_as_text(column) for column in table.copied_columns)
-    return rendered(sql.SQL(", ").join([key_array(table, "t"), *columns]))
+def _orphan(table: Table) -> sql.Composed:
+    """Find one of the rows given by key of which it cannot be told here whose it is."""
+    return with_parameters(
+        sql.SQL("SELECT 1 FROM {} AS t {} WHERE ({}) IS NULL LIMIT 1").format(
+            table.name.identifier, _join(table), owner_text(table, "t")
+        )
+    )
+
+
+@once_for_each_scope
+def _delete(scope: Scope, table: Table) -> sql.Composed:
+    return with_parameters(
+        sql.SQL("DELETE FROM {} AS t USING {} WHERE {} AND {}").format(
+            table.name.identifier,
+            given_keys(len(table.primary_key)),
+            keys_match(table),
+            scope.owned(table),
+        )
+    )
+
+
+@lru_cache(4096)
+def _delete_shared(table: Table) -> sql.Composed:
+    return with_parameters(
+        sql.SQL("DELETE FROM {} AS t USING {} WHERE {}").format(
+            table.name.identifier, given_keys(len(table.primary_key)), keys_match(table)
+        )
+    )
+
+
+@lru_cache(4096)
+def _conflict(table: Table, unique: Unique) -> sql.Composed:
+    """Find one of the rows given by key that has the value of another in a deferrable key."""
+    return with_parameters(
+        sql.SQL("{} LIMIT 1").format(violations(table, unique, given_keys(len(table.primary_key))))
+    )
+
+
+def _join(table: Table) -> sql.Composed:
+    return sql.SQL("JOIN {} ON {}").format(given_keys(len(table.primary_key)), keys_match(table))
+
+
+def _is_ours(scope: Scope, table: Table) -> sql.Composable:
+    return scope.owned(table) if table.owners else sql.SQL("true")
 
 
 def _as_text(column: Column) -> sql.Composed:

@@ -5,8 +5,9 @@ rows of their keys; make the destination equal to these and commit there; then d
 log rows that were seen. Never "up to the highest id": ids are not in the order of commits. A crash
 between the two commits repeats a round, which changes nothing.
 
-Shared rows, which other moves under way may bring as well, come before, in a transaction of their
-own: there the rows are locked first and read in a newer snapshot than the log's.
+Shared rows, which other moves under way may bring as well, are locked before the snapshot in which
+they are read. Where there is more than a little to do, they come before the others, in a
+transaction of their own.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from cellferry.model import Move, Round
 from cellferry.phases import Phase, reach
 from cellferry.stores.postgres import gate
 from cellferry.stores.postgres.applied import Applied
-from cellferry.stores.postgres.apply import Applier
+from cellferry.stores.postgres.apply import Applier, Keys
+from cellferry.stores.postgres.delta import MOST_KEYS
 from cellferry.stores.postgres.scope import Key, Scope
 from cellferry.stores.postgres.transactions import snapshot, write
 from cellferry.stores.postgres.wire import Wire
@@ -187,15 +189,28 @@ class Rounds:
             if not candidates:
                 applied.add(self._apply(dirty, before_commit))
         if candidates:
-            # Shared rows first. Other moves write them, too: they are read when they are locked.
+            is_small = dirty.complete and dirty.count <= MOST_KEYS
             shared, dirty = dirty, DirtyKeys()
             shared.leave_only(self._shared)
-            applied.add(self._applier.follow(candidates))
-            with snapshot(self._source):
+
+            def read_again() -> Keys | None:
+                nonlocal dirty
                 dirty = self._read_log(max_keys, max_rows)
-                # Of shared rows only what was seen before they were read may be forgotten.
+                # Of shared rows only what was seen before they were locked may be forgotten.
                 dirty.leave_only(dirty.keys.keys() - self._shared)
-                applied.add(self._apply(dirty, before_commit))
+                return dirty.keys if dirty.complete else None
+
+            # Shared rows first. Other moves write them, too: they are read when they are locked.
+            together = is_small and self._applier.apply_and_follow(
+                candidates, read_again, before_commit
+            )
+            if together:
+                applied.add(together)
+            else:
+                applied.add(self._applier.follow(candidates))
+                with snapshot(self._source):
+                    read_again()
+                    applied.add(self._apply(dirty, before_commit))
         if before_commit is None and not self._move.returning:
             applied.add(self._applier.take_over(dirty.keys))
         reach(Phase.ROUND_APPLIED)

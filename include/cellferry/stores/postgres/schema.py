@@ -138,6 +138,9 @@ class Table:
     """Leaf partitions, if it is partitioned."""
     estimated_rows: int = 0
 
+    def __hash__(self) -> int:
+        return hash(self.name)
+
     def column(self, name: str) -> Column:
         """Return the column called `name`; KeyError when there is none."""
         return self._by_name[name]

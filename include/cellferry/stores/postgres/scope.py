@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import Any
+from functools import cached_property, lru_cache, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import psycopg
 from psycopg import sql
 
 from cellferry.errors import UnsupportedSchema
 from cellferry.stores.postgres.ownership import owned_by
-from cellferry.stores.postgres.rendering import rendered
+from cellferry.stores.postgres.rendering import PARAMETER, rendered
 from cellferry.stores.postgres.row_keys import key_array
 from cellferry.stores.postgres.schema import Column, DataMap, Hop, Name, Table
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 #: A primary key in its one form: the texts of its columns, in the key's order.
 Key = tuple[str, ...]
@@ -69,6 +72,17 @@ class Scope:
         return tuple(ordered.values())
 
     @cached_property
+    def owns_in_circles(self) -> bool:
+        """Whether some table is owned through one that comes after it in `tables`."""
+        position = {table.name: number for number, table in enumerate(self.tables)}
+        return any(
+            position.get(hop.parent, -1) > position[table.name]
+            for table in self.tables
+            for path in table.owners
+            for hop in path.hops
+        )
+
+    @cached_property
     def by_relation(self) -> dict[str, Table]:
         """Owned and referenced tables by the name that the key log has for them."""
         return {str(table.name): table for table in (*self.tables, *self.data_map.referenced)}
@@ -93,19 +107,40 @@ class Scope:
 
     def owned(self, table: Table, row: str = "t") -> sql.Composable:
         """Return the condition that the row called `row` is the organization's."""
-        known = self._owned.get((table.name, row))
-        if known is None:
-            known = rendered(owned_by(self.data_map, table, row, self.organization))
-            self._owned[table.name, row] = known
-        return known
+        return _owned(self, table, row)
 
     @cached_property
-    def _owned(self) -> dict[tuple[Name, str], sql.Composed]:
+    def composed(self) -> dict[tuple[Hashable, ...], Any]:
+        """What `once_for_each_scope` keeps."""
         return {}
 
     def is_owned(self, table: Table) -> bool:
         """Whether `table` is an owned one (and not a referenced one)."""
         return table.name in {owned.name for owned in self.tables}
+
+
+def once_for_each_scope(
+    make: Callable[Concatenate[Scope, P], T],
+) -> Callable[Concatenate[Scope, P], T]:
+    """Let `make` work once for each scope and its other arguments: it returns the same each time.
+
+    A scope is equal to another only if all of their tables are, which takes long to find out.
+    """
+
+    @wraps(make)
+    def kept(scope: Scope, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        called = (make, *args, *kwargs.items())
+        if called not in scope.composed:
+            scope.composed[called] = make(scope, *args, **kwargs)
+        result: T = scope.composed[called]
+        return result
+
+    return kept
+
+
+@once_for_each_scope
+def _owned(scope: Scope, table: Table, row: str) -> sql.Composed:
+    return rendered(owned_by(scope.data_map, table, row, scope.organization))
 
 
 def column_list(columns: Collection[Column], row: str | None = "t") -> sql.Composed:
@@ -170,9 +205,13 @@ def keys_match(table: Table, row: str = "t") -> sql.Composed:
 def texts_relation(values: Collection[Key], width: int) -> sql.Composed:
     """Return `unnest(…) AS k(k1, k2 …)`: tuples of `width` texts as a relation."""
     columns = list(zip(*values, strict=True)) if values else [()] * width
+    return _relation([text_array(column) for column in columns])
+
+
+def _relation(columns: Sequence[sql.Composable]) -> sql.Composed:
     return sql.SQL("unnest({}) AS k({})").format(
-        sql.SQL(", ").join(sql.SQL("{}::text[]").format(text_array(column)) for column in columns),
-        sql.SQL(", ").join(sql.Identifier(f"k{number}") for number in range(1, width + 1)),
+        sql.SQL(", ").join(sql.SQL("{}::text[]").format(column) for column in columns),
+        sql.SQL(", ").join(sql.Identifier(f"k{number}") for number, _ in enumerate(columns, 1)),
     )
 
 
@@ -194,12 +233,30 @@ def texts_match(columns: Sequence[Column], row: str = "t") -> sql.Composed:
 
 
 def text_array(values: Sequence[str]) -> sql.Composable:
-    """Return `values` as the literal of a text array.
+    """Return `values` as the literal of a text array."""
+    return sql.Literal(array_text(values))
 
-    One literal, written here: adapting each of fifty thousand elements costs a second.
+
+def array_text(values: Iterable[str | None]) -> str:
+    """Return `values` as PostgreSQL writes an array of texts.
+
+    One value, written here: adapting each of fifty thousand elements costs a second.
     """
-    escaped = (value.replace("\\", "\\\\").replace('"', '\\"') for value in values)
-    return sql.Literal("{" + ",".join(f'"{value}"' for value in escaped) + "}")
+    elements = (
+        "NULL" if value is None else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        for value in values
+    )
+    return "{" + ",".join(elements) + "}"
+
+
+def given_keys(width: int) -> sql.Composed:
+    """Return `unnest(…) AS k(k1, k2 …)` over parameters: one for each column, as `columns_of`."""
+    return _relation([PARAMETER] * width)
+
+
+def columns_of(rows: Collection[Sequence[str | None]]) -> list[str]:
+    """Return `rows` by column, each as the text of an array: values for a statement."""
+    return [array_text(column) for column in zip(*rows, strict=True)]
 
 
 def parse_key(literal: str) -> Key:

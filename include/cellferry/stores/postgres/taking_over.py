@@ -277,7 +277,7 @@ class TakeOver:
                     found = self._destination.execute(statement, prepare=False)
                     sessions.set_locally(self._destination, "lock_timeout", "0")
                 locked = {tuple(key) for (key,) in found}
-                if present_keys(self._destination, table, keys) <= locked:
+                if not present_keys(self._destination, table, set(keys) - locked):
                     break
         except psycopg.errors.LockNotAvailable as error:
             raise TransientError(

@@ -1,0 +1,80 @@
+"""One organization's part of a schema: the order of its tables, and what is composed only once."""
+
+from __future__ import annotations
+
+import pytest
+
+from cellferry.stores.postgres.schema import (
+    Column,
+    DataMap,
+    Hop,
+    Name,
+    OwnerPath,
+    Placement,
+    Table,
+)
+from cellferry.stores.postgres.scope import Scope, array_text, once_for_each_scope, parse_key
+
+
+def table(name: str, *parents: str) -> Table:
+    """A table with a path of ownership of one hop through each of `parents`."""
+    return Table(
+        Name("public", name),
+        Placement.OWNED,
+        (Column("id", "bigint"),),
+        ("id",),
+        owners=tuple(
+            OwnerPath((Hop(("parent_id",), Name("public", parent), ("id",)),), "organization_id")
+            for parent in parents
+        ),
+    )
+
+
+def scope(*tables: Table, organization: str = "1") -> Scope:
+    data_map = DataMap(tables, (), (), Name("public", "organizations"), "id", "bigint")
+    return Scope(data_map, organization)
+
+
+@pytest.mark.parametrize(
+    ("tables", "circular"),
+    [
+        ([table("note", "issue"), table("issue", "project"), table("project")], False),
+        ([table("folder", "folder"), table("file", "folder")], False),
+        ([table("box", "shelf"), table("shelf", "box")], True),
+        ([table("a", "b"), table("b", "c"), table("c", "a")], True),
+    ],
+    ids=["a chain", "a tree", "two that own each other", "three in a circle"],
+)
+def test_ownership_in_circles_is_seen(tables: list[Table], circular: bool) -> None:
+    assert scope(*tables).owns_in_circles is circular
+
+
+def test_what_is_composed_for_one_scope_is_not_another_ones() -> None:
+    calls: list[str] = []
+
+    @once_for_each_scope
+    def greet(scope: Scope, greeting: str) -> str:
+        calls.append(greeting)
+        return f"{greeting} {scope.organization}"
+
+    one, two = scope(organization="1"), scope(organization="2")
+
+    assert [greet(one, "hello"), greet(two, "hello"), greet(one, "hello")] == [
+        "hello 1",
+        "hello 2",
+        "hello 1",
+    ]
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    "values", [(), ("",), ("NULL", "null"), ('a"b', "c\\d", "{e,f}", " g "), ("h\n", "ü")]
+)
+def test_the_text_of_an_array_reads_back(values: tuple[str, ...]) -> None:
+    if values:  # a key has a column
+        assert parse_key(array_text(values)) == values
+    assert array_text(values).startswith("{")
+
+
+def test_null_is_not_the_word_for_it() -> None:
+    assert array_text([None, "NULL"]) == '{NULL,"NULL"}'
