@@ -18,12 +18,13 @@ from typing import Any
 from urllib.parse import quote
 
 import httpx
+import psutil
 
 from cellferry.local.fleet_layout import FleetLayout, FleetSecrets, write_private
 from cellferry.local.ports import HOST
 from cellferry.local.process_identity import ProcessIdentity
 from cellferry.local.roles import METADATA
-from cellferry.local.server_process import GENTLY, ServerFailed, ServerProcess
+from cellferry.local.server_process import GENTLE, GENTLY, ServerFailed, ServerProcess
 
 API_SERVER = "airflow-api-server"
 SCHEDULER = "airflow-scheduler"
@@ -193,6 +194,8 @@ class AirflowComponent:
         self.port = port
         self._layout = layout
         self._process = ServerProcess(name, layout.logs / f"{name}.log")
+        #: The scheduler's, when they were counted last; None when it has yielded to others.
+        self._workers: int | None = 0
 
     @property
     def log(self) -> Path:
@@ -212,14 +215,34 @@ class AirflowComponent:
     def start(self) -> None:
         """Start it, without waiting; first end what a killed predecessor left of its children."""
         self._process.kill()
-        # In production Airflow has machines of its own; here a task that starts costs seconds.
-        command: list[str | Path] = [*GENTLY, sys.executable, "-P", "-m", "airflow"]
-        command += COMMANDS[self.name]
+        self._workers = 0
+        command: list[str | Path] = [sys.executable, "-P", "-m", "airflow", *COMMANDS[self.name]]
+        if self.name != SCHEDULER:
+            # In production Airflow has machines of its own; here it shares the cells'.
+            command = [*GENTLY, *command]
         if self.name == API_SERVER:
             command += ["--port", str(self.port)]
         self._process.start(
             command, cwd=self._layout.airflow, environment=environment(self._layout)
         )
+
+    def yield_the_processor(self) -> None:
+        """Let the scheduler go behind the cells and their clients, once it has its workers.
+
+        These inherit its priority and keep it: in one of them runs a cutover, for which clients
+        wait. The other tasks yield by themselves. To be called now and then.
+        """
+        pid = self._process.pid
+        if self.name != SCHEDULER or pid is None or self._workers is None:
+            return
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            workers = len(psutil.Process(pid).children())
+            if workers and workers == self._workers:
+                now = os.getpriority(os.PRIO_PROCESS, pid)
+                os.setpriority(os.PRIO_PROCESS, pid, max(GENTLE, now))
+                self._workers = None
+            else:
+                self._workers = workers
 
     def stop(self) -> None:
         """End it and every process of its session.

@@ -20,8 +20,10 @@ from cellferry.local.privileges import Account, popen_arguments
 from cellferry.local.process_identity import ProcessIdentity
 
 _PR_SET_PDEATHSIG = 1
-#: Before a command, for what shares the machine with the cells: their clients come first.
-GENTLY = ("nice", "-n", "10")
+#: Priority of what shares the machine with the cells, whose clients come first; and what sets it
+#: before a command.
+GENTLE = 10
+GENTLY = ("nice", "-n", str(GENTLE))
 
 
 class ServerFailed(CellferryError):

@@ -300,7 +300,10 @@ class Supervisor:
             return
         if not watched.component.is_running:
             self._revive(name, watched)
-        elif time.monotonic() - watched.started > 2 * _LONGEST_BACKOFF_S:
+            return
+        if isinstance(watched.component, AirflowComponent):
+            watched.component.yield_the_processor()
+        if time.monotonic() - watched.started > 2 * _LONGEST_BACKOFF_S:
             watched.failures = 0
 
     def _revive(self, name: str, watched: _Watched) -> None:

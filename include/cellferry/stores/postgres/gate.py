@@ -180,12 +180,25 @@ def hold_lease(connection: Connection, move: Move) -> None:
     """
     if connection.autocommit and connection.info.transaction_status is TransactionStatus.IDLE:
         raise WrongState("a lease is held by a transaction, and none is open")
-    held = connection.execute(
+    insist_on_lease(ask_for_lease(connection, move), move)
+
+
+def ask_for_lease(connection: Connection, move: Move) -> psycopg.Cursor[Any]:
+    """Send the question of `hold_lease`; `insist_on_lease` looks at the answer."""
+    return connection.execute(
         "SELECT FROM cellferry.lease WHERE migration = %s AND attempt = %s FOR SHARE",
         (move.migration, move.attempt),
         prepare=True,
     )
-    if held.rowcount != 1:
+
+
+def insist_on_lease(answer: psycopg.Cursor[Any], move: Move) -> None:
+    """See that the answer to `ask_for_lease` is yes.
+
+    Raises:
+        LeaseLost: a newer attempt has it.
+    """
+    if answer.rowcount != 1:
         raise _lease_lost(move)
 
 
@@ -451,7 +464,17 @@ def await_last_writers(connection: Connection, lock_key: int) -> None:
 def _change(
     connection: Connection, move: Move, side: Side, what: str, statement: LiteralString
 ) -> None:
-    if connection.execute(statement, _facts(move), prepare=True).rowcount != 1:
+    _insist_on_change(_send(connection, move, statement), connection, move, side, what)
+
+
+def _send(connection: Connection, move: Move, statement: LiteralString) -> psycopg.Cursor[Any]:
+    return connection.execute(statement, _facts(move), prepare=True)
+
+
+def _insist_on_change(
+    changed: psycopg.Cursor[Any], connection: Connection, move: Move, side: Side, what: str
+) -> None:
+    if changed.rowcount != 1:
         raise _refusal(connection, move, side, what)
 
 
@@ -696,7 +719,10 @@ class Barrier:
             if not self.lock_held:
                 self._lock(session, self._lock_key, deadline)
             try:
-                _change(session, self._move, Side.SOURCE, "frozen", _FREEZE)
+                with session.pipeline():
+                    sessions.set_for_session(session, "lock_timeout", "0")
+                    changed = _send(session, self._move, _FREEZE)
+                _insist_on_change(changed, session, self._move, Side.SOURCE, "frozen")
             except BaseException:
                 self.release()
                 raise
@@ -768,7 +794,6 @@ class Barrier:
                 attempt_s = min(attempt_s * 1.5, LONGEST_DRAIN_ATTEMPT_S)
             else:
                 self._held = True
-                sessions.set_for_session(session, "lock_timeout", "0")
                 return
 
     def _drain_timeout(self, session: Connection, key: int) -> DrainTimeout:

@@ -47,6 +47,8 @@ PINNED = {
     "idle_in_transaction_session_timeout": "0",
     "idle_session_timeout": "0",
     "jit": "off",
+    # One session of the mover takes one core of a server that others work with.
+    "max_parallel_workers_per_gather": "0",
 }
 
 #: The server, too, must notice soon that this client is gone: it holds locks for it.

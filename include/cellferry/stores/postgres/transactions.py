@@ -15,7 +15,8 @@ from cellferry.stores.postgres import gate
 @contextmanager
 def snapshot(connection: psycopg.Connection[Any]) -> Iterator[None]:
     """Read everything inside as of one moment. The connection is in autocommit mode."""
-    with _transaction(connection, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"):
+    with _committed(connection):
+        connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
         yield
 
 
@@ -26,14 +27,16 @@ def write(connection: psycopg.Connection[Any], move: Move) -> Iterator[None]:
     Raises:
         LeaseLost: another attempt took over; nothing was written.
     """
-    with _transaction(connection, "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE"):
-        gate.hold_lease(connection, move)
+    with _committed(connection):
+        with connection.pipeline():  # writers may be waiting
+            connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE")
+            lease = gate.ask_for_lease(connection, move)
+        gate.insist_on_lease(lease, move)
         yield
 
 
 @contextmanager
-def _transaction(connection: psycopg.Connection[Any], begin: str) -> Iterator[None]:
-    connection.execute(begin.encode())
+def _committed(connection: psycopg.Connection[Any]) -> Iterator[None]:
     try:
         yield
         connection.execute("COMMIT")
