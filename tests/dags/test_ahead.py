@@ -178,7 +178,7 @@ def test_a_cutover_that_is_tried_again_waits_for_nobodys_turn(
     airflow = {"ti": SimpleNamespace(try_number=number, map_index=0), "params": {"ttl_s": 0.0}}
     monkeypatch.setattr(task_groups, "get_current_context", lambda: airflow)
     monkeypatch.setattr(task_groups, "step_context", lambda **_: cells.context())
-    monkeypatch.setattr(task_groups, "yield_the_processor", lambda: None)
+    monkeypatch.setattr(task_groups, "give_way", lambda: None)
     monkeypatch.setattr(barrier_turn, "LONGEST_WAIT_S", 0.2)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 

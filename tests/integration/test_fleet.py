@@ -23,9 +23,10 @@ from cellferry.local.airflow_components import API_SERVER, COMMANDS
 from cellferry.local.fleet import Fleet, Health
 from cellferry.local.postgres_server import PostgresServer
 from cellferry.local.run_records import RunRecord, RunRecords
-from cellferry.local.server_process import GENTLE, ServerFailed
+from cellferry.local.server_process import ServerFailed
 from cellferry.local.supervisor import NAME as SUPERVISOR
 from cellferry.local.supervisor import TOPOLOGY
+from cellferry.niceness import GENTLE
 
 ROOT = Path(__file__).parents[2]
 CELLS = ("cell-1", "cell-2", "cell-3")
@@ -312,7 +313,10 @@ def test_a_killed_scheduler_and_its_children_are_replaced(airflow: Fleet) -> Non
     wait_for(lambda: records(airflow)["airflow-scheduler"].pid != before.pid, 120)
     assert [one for one in children if lives(one)] == []
     wait_for(lambda: {row.health for row in airflow.status()} == {Health.HEALTHY}, 60)
-    # In one of its new workers will run a cutover, for which clients wait; it goes behind them.
+
+
+def test_the_scheduler_goes_behind_clients_and_its_workers_do_not(airflow: Fleet) -> None:
+    # In one of the workers runs a cutover, for which clients wait.
     scheduler = records(airflow)["airflow-scheduler"].pid
     ours = os.getpriority(os.PRIO_PROCESS, 0)
     wait_for(lambda: os.getpriority(os.PRIO_PROCESS, scheduler) == max(GENTLE, ours), 60)

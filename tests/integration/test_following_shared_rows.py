@@ -9,7 +9,6 @@ import pytest
 
 from cellferry.migration import steps
 from cellferry.model import Organization, Side
-from cellferry.stores.postgres import rounds
 from cellferry.stores.postgres.delta import Delta
 from cellferry.stores.postgres.references import ReferencedRows
 from fixtures.cells import TwoCells
@@ -20,7 +19,6 @@ THROUGH = ("sync", "verify", "cutover", "soak", "cleanup")
 
 
 @pytest.mark.parametrize("email", [False, True], ids=["another column", "a unique column"])
-@pytest.mark.parametrize("quickly", [False, True], ids=["the general way", "the quick way"])
 def test_who_refers_to_a_row_while_it_is_brought_up_to_date_finds_it(
     ferry: Ferry, monkeypatch: pytest.MonkeyPatch, quickly: bool, email: bool
 ) -> None:
@@ -31,8 +29,6 @@ def test_who_refers_to_a_row_while_it_is_brought_up_to_date_finds_it(
     ferry.run(Side.SOURCE, f"UPDATE users SET {change} WHERE id = 2")
     kind, name = (Delta, "_write") if quickly else (ReferencedRows, "follow")
     original = getattr(kind, name)
-    if not quickly:
-        monkeypatch.setattr(rounds, "MOST_KEYS", 0)
 
     def refer() -> None:
         with ferry.session(Side.DESTINATION) as neighbour:

@@ -20,7 +20,6 @@ from cellferry import phases
 from cellferry.migration import steps
 from cellferry.model import Organization, Side
 from cellferry.phases import Phase
-from cellferry.stores.postgres import rounds
 from cellferry.stores.postgres.delta import Delta
 from cellferry.stores.postgres.references import ReferencedRows
 from cellferry.stores.postgres.store import PostgresStore
@@ -198,7 +197,6 @@ class KilledError(BaseException):
 # --- two that write at once ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quickly", [True, False], ids=["the quick way", "the general way"])
 def test_a_round_that_is_late_puts_nothing_old_in_the_place_of_the_new(
     shared: TwoCells, monkeypatch: pytest.MonkeyPatch, quickly: bool
 ) -> None:
@@ -206,8 +204,6 @@ def test_a_round_that_is_late_puts_nothing_old_in_the_place_of_the_new(
     for one in (first, second):
         run(shared, one, "copy")
     rename(shared, "cell-1", "renamed once")
-    if not quickly:
-        monkeypatch.setattr(rounds, "MOST_KEYS", 0)
     kind, name = (Delta, "_read") if quickly else (ReferencedRows, "carry")
     original = getattr(kind, name)
     with ThreadPoolExecutor(1) as pool:
@@ -295,13 +291,10 @@ def waiting(ferry: Ferry) -> int:
     return int(rows[0][0])
 
 
-@pytest.mark.parametrize("quickly", [True, False], ids=["the quick way", "the general way"])
 def test_two_that_follow_the_same_rows_lock_them_in_one_order(
     ferries: Ferry, monkeypatch: pytest.MonkeyPatch, quickly: bool
 ) -> None:
     copy_both(ferries)
-    if not quickly:
-        monkeypatch.setattr(rounds, "MOST_KEYS", 0)
     for user in (4, 2):  # the order of the log is another one than that of the key
         ferries.run(Side.SOURCE, f"UPDATE users SET plan_id = 1 WHERE id = {user}")
 
@@ -323,7 +316,6 @@ def test_two_that_follow_the_same_rows_lock_them_in_one_order(
     assert sorted(found) == [(2, 1), (4, 1)]
 
 
-@pytest.mark.parametrize("quickly", [True, False], ids=["the quick way", "the general way"])
 def test_what_changes_after_the_shared_rows_were_read_comes_with_the_next_round(
     ferries: Ferry, monkeypatch: pytest.MonkeyPatch, quickly: bool
 ) -> None:
@@ -340,8 +332,6 @@ def test_what_changes_after_the_shared_rows_were_read_comes_with_the_next_round(
 
     with ferries.opened(moves(ferries, 2)[0]) as move:
         with monkeypatch.context() as patch:
-            if not quickly:
-                patch.setattr(rounds, "MOST_KEYS", 0)
             patch.setattr(kind, name, read_and_change)
             move.sync()
         assert ferries.run(Side.DESTINATION, "SELECT email FROM users WHERE id = 2") == [("once",)]

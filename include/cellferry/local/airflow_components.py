@@ -24,7 +24,8 @@ from cellferry.local.fleet_layout import FleetLayout, FleetSecrets, write_privat
 from cellferry.local.ports import HOST
 from cellferry.local.process_identity import ProcessIdentity
 from cellferry.local.roles import METADATA
-from cellferry.local.server_process import GENTLE, GENTLY, ServerFailed, ServerProcess
+from cellferry.local.server_process import GENTLY, ServerFailed, ServerProcess
+from cellferry.niceness import give_way
 
 API_SERVER = "airflow-api-server"
 SCHEDULER = "airflow-scheduler"
@@ -194,8 +195,9 @@ class AirflowComponent:
         self.port = port
         self._layout = layout
         self._process = ServerProcess(name, layout.logs / f"{name}.log")
-        #: The scheduler's, when they were counted last; None when it has yielded to others.
-        self._workers: int | None = 0
+        #: Whether the scheduler has given way, and how many workers it had at the last look.
+        self._has_yielded = False
+        self._workers_seen = 0
 
     @property
     def log(self) -> Path:
@@ -215,10 +217,11 @@ class AirflowComponent:
     def start(self) -> None:
         """Start it, without waiting; first end what a killed predecessor left of its children."""
         self._process.kill()
-        self._workers = 0
+        self._has_yielded, self._workers_seen = False, 0
         command: list[str | Path] = [sys.executable, "-P", "-m", "airflow", *COMMANDS[self.name]]
         if self.name != SCHEDULER:
-            # In production Airflow has machines of its own; here it shares the cells'.
+            # In production Airflow has machines of its own; here it shares the cells'. The
+            # scheduler waits until it has its workers (`yield_the_processor`).
             command = [*GENTLY, *command]
         if self.name == API_SERVER:
             command += ["--port", str(self.port)]
@@ -230,19 +233,19 @@ class AirflowComponent:
         """Let the scheduler go behind the cells and their clients, once it has its workers.
 
         These inherit its priority and keep it: in one of them runs a cutover, for which clients
-        wait. The other tasks yield by themselves. To be called now and then.
+        wait. The other tasks yield by themselves. Repeatable; does nothing until two calls in a
+        row have seen the same workers, because it forks them one after the other at its start. One
+        that it forks later, in the place of a dead one, goes behind the clients as well.
         """
         pid = self._process.pid
-        if self.name != SCHEDULER or pid is None or self._workers is None:
+        if self.name != SCHEDULER or pid is None or self._has_yielded:
             return
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
             workers = len(psutil.Process(pid).children())
-            if workers and workers == self._workers:
-                now = os.getpriority(os.PRIO_PROCESS, pid)
-                os.setpriority(os.PRIO_PROCESS, pid, max(GENTLE, now))
-                self._workers = None
-            else:
-                self._workers = workers
+            if workers and workers == self._workers_seen:
+                give_way(pid)
+                self._has_yielded = True
+            self._workers_seen = workers
 
     def stop(self) -> None:
         """End it and every process of its session.

@@ -18,11 +18,10 @@ from cellferry.errors import CellferryError
 from cellferry.local import process_identity
 from cellferry.local.privileges import Account, popen_arguments
 from cellferry.local.process_identity import ProcessIdentity
+from cellferry.niceness import GENTLE
 
 _PR_SET_PDEATHSIG = 1
-#: Priority of what shares the machine with the cells, whose clients come first; and what sets it
-#: before a command.
-GENTLE = 10
+#: Before a command: it gives way to the cells and their clients.
 GENTLY = ("nice", "-n", str(GENTLE))
 
 

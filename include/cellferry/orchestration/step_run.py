@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from airflow.sdk import get_current_context
 
 from cellferry.errors import CellferryError
 from cellferry.model import Actor
+from cellferry.niceness import give_way
 
 if TYPE_CHECKING:
     from cellferry.migration import Context, StepResult
@@ -25,11 +25,6 @@ log = logging.getLogger(__name__)
 FAILURE = "failure"
 #: A message for people is cut after this many characters.
 LONGEST_MESSAGE = 2_000
-
-
-#: Priority of work that nobody waits for: a cutover on the same worker, and the servers where
-#: they share its machine, go first.
-GENTLE = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +42,6 @@ class RunningTask:
     board: ProgressBoard
 
 
-def yield_the_processor() -> None:
-    """Let others go first, for the rest of this process: nobody waits for what follows."""
-    os.setpriority(os.PRIO_PROCESS, 0, max(GENTLE, os.getpriority(os.PRIO_PROCESS, 0)))
-
-
 @contextmanager
 def running_task(*, waited_for: bool = False) -> Iterator[RunningTask]:
     """Be a task for the block: told to end, it unwinds; its progress and its errors are shown.
@@ -67,7 +57,7 @@ def running_task(*, waited_for: bool = False) -> Iterator[RunningTask]:
     from cellferry.orchestration.progress import ProgressBoard
 
     if not waited_for:
-        yield_the_processor()
+        give_way()
     airflow: Mapping[str, Any] = get_current_context()
     state_store = airflow.get("task_state_store")
     connections = AirflowConnections()

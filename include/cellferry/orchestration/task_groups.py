@@ -17,11 +17,12 @@ from typing import Any
 
 from airflow.sdk import get_current_context, task, task_group
 
+from cellferry.niceness import give_way
 from cellferry.orchestration import ahead
 from cellferry.orchestration.barrier_turn import barrier_turn
 from cellferry.orchestration.retry_policy import PATIENT, PROMPT
 from cellferry.orchestration.sensors import TtlSensor
-from cellferry.orchestration.step_run import brief, step_context, yield_the_processor
+from cellferry.orchestration.step_run import brief, step_context
 
 log = logging.getLogger(__name__)
 
@@ -200,7 +201,7 @@ def cutover(*, organization: Mapping[str, Any]) -> dict[str, Any]:
         with step_context(waited_for=True) as ferry:
             result = brief(steps.cutover(ferry, number))
             turn.close()
-            yield_the_processor()
+            give_way()
             done = ahead.after_barrier(ferry, number, ttl_s=airflow["params"]["ttl_s"])
     ahead.skip_done(airflow["ti"], GROUP, result, done)
     return result

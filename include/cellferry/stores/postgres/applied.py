@@ -1,4 +1,4 @@
-"""What an application of keys says, and the statements that each way of applying them needs."""
+"""What an application of keys says; statements of the general way, and one for missing parents."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from cellferry.stores.postgres.scope import (
     row_hash,
 )
 
-#: Dirty keys by table.
+#: Keys by relation, as the key log has them; and by table.
+Keys = Mapping[str, set[Key]]
 Dirty = Mapping[Table, set[Key]]
 
 
@@ -70,7 +71,7 @@ def digests(scope: Scope, keys: Dirty) -> sql.Composed:
             row_hash(table),
             table.name.identifier,
             keys_join(table, some),
-            scope.owned(table) if table.owners else sql.SQL("true"),
+            scope.concerned(table),
         )
         for table, some in keys.items()
     )

@@ -17,12 +17,12 @@ from psycopg import sql
 from cellferry.errors import VerificationFailed
 from cellferry.model import Move
 from cellferry.stores.postgres import gate
-from cellferry.stores.postgres.applied import Applied, dangling, deletes, digests
+from cellferry.stores.postgres.applied import Applied, Keys, dangling, deletes, digests
 from cellferry.stores.postgres.children import children_of, tie
 from cellferry.stores.postgres.conflicts import WAITING_ROOM, admit, clear_the_way, waiting_room
-from cellferry.stores.postgres.delta import REFUSED, Delta
+from cellferry.stores.postgres.delta import REFUSED, Delta, UnusualError
 from cellferry.stores.postgres.ownership import owner_text
-from cellferry.stores.postgres.references import Held, Needs, ReferencedRows, crossing, outward
+from cellferry.stores.postgres.references import Held, Needs, ReferencedRows, leading_out
 from cellferry.stores.postgres.row_keys import key_array
 from cellferry.stores.postgres.schema import ForeignKey, Hop, Placement, Table
 from cellferry.stores.postgres.scope import (
@@ -36,15 +36,13 @@ from cellferry.stores.postgres.scope import (
 from cellferry.stores.postgres.transactions import snapshot, write
 from cellferry.stores.postgres.wire import Wire
 
-#: Dirty keys by relation.
-Keys = Mapping[str, set[Key]]
-
 
 class Applier:
-    """Applies keys from the source to the destination; the caller has the snapshot open.
+    """Applies keys from the source to the destination.
 
     Args:
-        source: a connection in a REPEATABLE READ transaction.
+        source: a connection in autocommit mode. For `apply` and `delete_waiting` the caller has a
+            `snapshot` open on it; the others open their own.
         destination: a connection in autocommit mode with the replica role.
     """
 
@@ -121,6 +119,7 @@ class Applier:
             VerificationFailed, LeaseLost, PermanentError: as `apply`.
             TransientError: a row is locked.
         """
+        # Carefully twice: another move may have brought one of the rows just now (`renew`).
         for careful in (False, True, True):
             try:
                 return self._follow(candidates, careful=careful)
@@ -149,6 +148,8 @@ class Applier:
     ) -> Applied | None:
         """Do `follow` and `apply` for a few keys, in one transaction; or change nothing.
 
+        Outside of any snapshot, as `follow`.
+
         Args:
             candidates: what `may_follow` returned.
             read_keys: reads all keys that are dirty in the snapshot that is open when it is called;
@@ -159,14 +160,16 @@ class Applier:
             None where it takes the general way, which is `follow` and then `apply`.
 
         Raises:
-            LeaseLost, TransientError: as `follow`.
+            LeaseLost: another attempt took over.
+            PermanentError: another row has a unique value of a shared row that is missing.
+            TransientError: a shared row is locked.
         """
         try:
             with self._holding(candidates) as held:
                 with snapshot(self._source):
                     keys = read_keys()
                     if keys is None:
-                        return None
+                        raise UnusualError
                     applied = self._delta.apply_with(held, keys)
                 if before_commit is not None:
                     before_commit()
@@ -438,8 +441,7 @@ class Applier:
             for table in self._scope.tables
             if done.get(str(table.name))
             for foreign_key in (
-                *outward(self._scope, table),
-                *(crossing(self._scope, table) if complete and self._refuses_crossings else ()),
+                leading_out(self._scope, table, with_crossing=complete and self._refuses_crossings)
             )
         ]
         if not checks:

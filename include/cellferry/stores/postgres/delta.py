@@ -4,11 +4,14 @@ Under the gate writers wait, and on a busy machine each round trip costs a turn 
 at both ends: some for each table make a pause of tens of milliseconds one of hundreds. So a small
 round asks the source for all rows at once and tells the destination everything at once, in
 libpq's pipeline mode. COPY knows no pipeline; rows travel as the text that PostgreSQL's own
-output functions write and its input functions read, as in a dump. Statements are prepared: they
-are composed, parsed and planned once, by the rounds before the gate is closed.
+output functions write and its input functions read, as in a dump. Nearly all statements are
+prepared: composed once for each scope and table, parsed and planned at their first use, which for
+most tables is in a round before the gate is closed.
+
+Shared rows that the move brought go in the same transaction, once they are locked.
 
 Only the ordinary case is here. Whatever is unusual (a unique value in the way, a child without its
-parent, a row of another organization) is rolled back and left to `apply`.
+parent, a row of another organization, ownership in circles) is rolled back and left to `apply`.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from psycopg import sql
 
 from cellferry.model import Move
 from cellferry.stores.postgres import sessions
-from cellferry.stores.postgres.applied import Applied, Dirty, dangling
+from cellferry.stores.postgres.applied import Applied, Dirty, Keys, dangling
 from cellferry.stores.postgres.children import children_of
 from cellferry.stores.postgres.deferrable import violations
 from cellferry.stores.postgres.ownership import owner_text
@@ -31,8 +34,7 @@ from cellferry.stores.postgres.references import (
     Held,
     Needs,
     ReferencedRows,
-    crossing,
-    outward,
+    leading_out,
 )
 from cellferry.stores.postgres.rendering import PARAMETER, with_parameters
 from cellferry.stores.postgres.row_keys import key_array
@@ -68,18 +70,18 @@ class _Read:
 
     Attributes:
         rows: the current rows by table and key, as texts.
-        digest: by table how many, and the sum of their hashes.
+        digest: by table the number of its rows, and the sum of their hashes.
     """
 
     rows: Mapping[Table, Mapping[Key, tuple[str | None, ...]]]
-    digest: Mapping[Table, tuple[int, str]]
+    digest: Mapping[Table, tuple[int, int]]
 
 
 class Delta:
     """Small rounds from one cell to the other.
 
     Args:
-        source: in a REPEATABLE READ transaction when `apply` is called.
+        source: in a REPEATABLE READ transaction whenever keys are applied.
         destination: in autocommit mode with the replica role.
     """
 
@@ -100,9 +102,7 @@ class Delta:
         self._references = references
         self._refuses_crossings = refuses_crossings
 
-    def apply(
-        self, keys: Mapping[str, set[Key]], before_commit: Callable[[], None] | None
-    ) -> Applied | None:
+    def apply(self, keys: Keys, before_commit: Callable[[], None] | None) -> Applied | None:
         """Apply `keys` and commit, or change nothing and return None.
 
         Raises:
@@ -121,7 +121,7 @@ class Delta:
             return None
         return applied
 
-    def apply_with(self, held: Mapping[Table, Held], keys: Mapping[str, set[Key]]) -> Applied:
+    def apply_with(self, held: Mapping[Table, Held], keys: Keys) -> Applied:
         """Apply `keys` and make shared rows as they are at the source.
 
         In the caller's transaction at the destination, which has locked the shared rows before it
@@ -131,13 +131,15 @@ class Delta:
             UnusualError, psycopg.errors.UniqueViolation, psycopg.errors.ExclusionViolation: it
                 needs the general way.
         """
+        # Rows that belong to other shared rows may be new to this migration, and only the general
+        # way records them.
         if self._scope.owns_in_circles or any(map(self._references.has_holders, held)):
             raise UnusualError
         owned = self._owned(keys)
         read = self._read({**owned, **{table: one.keys for table, one in held.items()}})
         return self._write(owned, held, read)
 
-    def _owned(self, keys: Mapping[str, set[Key]]) -> Dirty:
+    def _owned(self, keys: Keys) -> Dirty:
         return {table: some for table in self._scope.tables if (some := keys.get(str(table.name)))}
 
     def _read(self, wanted: Dirty) -> _Read:
@@ -155,10 +157,18 @@ class Delta:
             for key, hashed, *values in cursor:
                 rows[table][tuple(key)] = tuple(values)
                 total += hashed
-            digest[table] = (len(rows[table]), str(total))
+            digest[table] = (len(rows[table]), total)
         return _Read(rows, digest)
 
     def _write(self, owned: Dirty, held: Mapping[Table, Held], read: _Read) -> Applied:
+        """Write what was read, see that both sides are equal, and bring what it refers to.
+
+        In the caller's transaction; all but what is missing goes in one message.
+
+        Raises:
+            UnusualError, psycopg.errors.UniqueViolation, psycopg.errors.ExclusionViolation: it
+                needs the general way.
+        """
         # A shared row that is gone at the source stays: nobody's row is deleted by a move.
         shared = {table: set(rows) for table in held if (rows := read.rows[table])}
         written = {**owned, **shared}
@@ -196,7 +206,7 @@ class Delta:
             for child, cursor in children
         ):
             raise UnusualError
-        digest, missing = self._told(looked_at)
+        digest, missing = self._answers(looked_at)
         applied = _agreed(written, read, digest)
         brought, size = self._references.bring(missing)
         applied.rows += brought
@@ -230,7 +240,7 @@ class Delta:
 
     def _checked(self, table: Table) -> tuple[ForeignKey, ...]:
         """The foreign keys to rows that are not the organization's; its own where refused."""
-        return _outward_and_crossing(self._scope, table, crossing_too=self._refuses_crossings)
+        return leading_out(self._scope, table, with_crossing=self._refuses_crossings)
 
     def _look_at(self, table: Table, keys: set[Key]) -> psycopg.Cursor[Any]:
         """Ask for the rows' digest, and for what those of owned tables refer to and is missing."""
@@ -241,16 +251,20 @@ class Delta:
             prepare=True,
         )
 
-    def _told(
+    def _answers(
         self, looked_at: Mapping[Table, Iterable[tuple[int, list[str]]]]
-    ) -> tuple[dict[Table, tuple[int, str]], Needs]:
-        """Return digests, and the shared rows that are missing; what else is, is unusual."""
-        digest: dict[Table, tuple[int, str]] = {}
+    ) -> tuple[dict[Table, tuple[int, int]], Needs]:
+        """Return the digests, and which shared rows are missing.
+
+        Raises:
+            UnusualError: something else is missing.
+        """
+        digest: dict[Table, tuple[int, int]] = {}
         missing: dict[ForeignKey, set[Key]] = {}
         for table, found in looked_at.items():
             for number, values in found:
                 if number == 0:
-                    digest[table] = (int(values[0]), values[1])
+                    digest[table] = (int(values[0]), int(values[1]))
                 else:
                     foreign_key = self._checked(table)[number - 1]
                     missing.setdefault(foreign_key, set()).add(tuple(values))
@@ -273,8 +287,12 @@ def _run(
     return connection.execute(statement, columns_of(rows), prepare=True)
 
 
-def _agreed(written: Dirty, read: _Read, there: Mapping[Table, tuple[int, str]]) -> Applied:
-    """Compare both sides, and say what was written."""
+def _agreed(written: Dirty, read: _Read, there: Mapping[Table, tuple[int, int]]) -> Applied:
+    """Return what was written, if both sides are equal.
+
+    Raises:
+        UnusualError: they differ; the general way says how, if it meets the same.
+    """
     if there != {table: read.digest[table] for table in written}:
         raise UnusualError
     applied = Applied(
@@ -291,15 +309,8 @@ def _agreed(written: Dirty, read: _Read, there: Mapping[Table, tuple[int, str]])
     )
     for table in written:
         count, total = read.digest[table]
-        applied.hashes[str(table.name)] = {"count": str(count), "hash": total}
+        applied.hashes[str(table.name)] = {"count": str(count), "hash": str(total)}
     return applied
-
-
-@once_for_each_scope
-def _outward_and_crossing(
-    scope: Scope, table: Table, *, crossing_too: bool
-) -> tuple[ForeignKey, ...]:
-    return (*outward(scope, table), *(crossing(scope, table) if crossing_too else ()))
 
 
 @once_for_each_scope
@@ -312,7 +323,7 @@ def _select(scope: Scope, table: Table) -> sql.Composed:
             sql.SQL(", ").join(_as_text(column) for column in table.copied_columns),
             table.name.identifier,
             _join(table),
-            _is_ours(scope, table),
+            scope.concerned(table),
         )
     )
 
@@ -328,7 +339,7 @@ def _what_is_there(
     """
     digest = sql.SQL(
         "SELECT 0, ARRAY[count(*)::text, COALESCE(sum({}), 0)::text] FROM {} AS t {} WHERE {}"
-    ).format(row_hash(table), table.name.identifier, _join(table), _is_ours(scope, table))
+    ).format(row_hash(table), table.name.identifier, _join(table), scope.concerned(table))
     return with_parameters(
         sql.SQL(" UNION ALL ").join(
             [
@@ -357,7 +368,7 @@ def _delete(scope: Scope, table: Table) -> sql.Composed:
     return with_parameters(
         sql.SQL("DELETE FROM {} AS t USING {} WHERE {} AND {}").format(
             table.name.identifier,
-            given_keys(len(table.primary_key)),
+            given_keys(table),
             keys_match(table),
             scope.owned(table),
         )
@@ -368,7 +379,7 @@ def _delete(scope: Scope, table: Table) -> sql.Composed:
 def _delete_shared(table: Table) -> sql.Composed:
     return with_parameters(
         sql.SQL("DELETE FROM {} AS t USING {} WHERE {}").format(
-            table.name.identifier, given_keys(len(table.primary_key)), keys_match(table)
+            table.name.identifier, given_keys(table), keys_match(table)
         )
     )
 
@@ -377,16 +388,12 @@ def _delete_shared(table: Table) -> sql.Composed:
 def _conflict(table: Table, unique: Unique) -> sql.Composed:
     """Find one of the rows given by key that has the value of another in a deferrable key."""
     return with_parameters(
-        sql.SQL("{} LIMIT 1").format(violations(table, unique, given_keys(len(table.primary_key))))
+        sql.SQL("{} LIMIT 1").format(violations(table, unique, given_keys(table)))
     )
 
 
 def _join(table: Table) -> sql.Composed:
-    return sql.SQL("JOIN {} ON {}").format(given_keys(len(table.primary_key)), keys_match(table))
-
-
-def _is_ours(scope: Scope, table: Table) -> sql.Composable:
-    return scope.owned(table) if table.owners else sql.SQL("true")
+    return sql.SQL("JOIN {} ON {}").format(given_keys(table), keys_match(table))
 
 
 def _as_text(column: Column) -> sql.Composed:

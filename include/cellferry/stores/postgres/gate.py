@@ -177,6 +177,7 @@ def hold_lease(connection: Connection, move: Move) -> None:
 
     Raises:
         LeaseLost: a newer attempt has it.
+        WrongState: no transaction is open.
     """
     if connection.autocommit and connection.info.transaction_status is TransactionStatus.IDLE:
         raise WrongState("a lease is held by a transaction, and none is open")
@@ -184,7 +185,11 @@ def hold_lease(connection: Connection, move: Move) -> None:
 
 
 def ask_for_lease(connection: Connection, move: Move) -> psycopg.Cursor[Any]:
-    """Send the question of `hold_lease`; `insist_on_lease` looks at the answer."""
+    """Lock the lease as `hold_lease`, in a transaction that the caller has begun.
+
+    Apart from `insist_on_lease`, which looks at the answer, so that BEGIN and this go in one
+    message (a pipeline).
+    """
     return connection.execute(
         "SELECT FROM cellferry.lease WHERE migration = %s AND attempt = %s FOR SHARE",
         (move.migration, move.attempt),
@@ -719,6 +724,7 @@ class Barrier:
             if not self.lock_held:
                 self._lock(session, self._lock_key, deadline)
             try:
+                # In one message, since writers wait. `_lock` leaves its short timeout behind.
                 with session.pipeline():
                     sessions.set_for_session(session, "lock_timeout", "0")
                     changed = _send(session, self._move, _FREEZE)
@@ -775,6 +781,7 @@ class Barrier:
         return found is not None and found.settled and found.armed
 
     def _lock(self, session: Connection, key: int, deadline: float) -> None:
+        """Get the lock by `deadline`; leaves the session with a `lock_timeout`."""
         attempt_s = self._move.limits.drain_attempt_s
         while True:
             left = deadline - time.monotonic()

@@ -36,6 +36,7 @@ from cellferry.stores.postgres.scope import (
     Key,
     Scope,
     keys_join,
+    once_for_each_scope,
     present_keys,
     row_hash,
     texts_columns,
@@ -119,7 +120,7 @@ class ReferencedRows:
             return []
         body = sql.SQL("{} WHERE {}").format(
             keys_join(table, keys),
-            self._scope.owned(table) if table.owners else sql.SQL("true"),
+            self._scope.concerned(table),
         )
         return [
             (foreign_key, self._pointed_at(table, foreign_key, body))
@@ -621,6 +622,16 @@ def crossing(scope: Scope, table: Table) -> tuple[ForeignKey, ...]:
         and by_name[foreign_key.parent].placement is Placement.OWNED
         and not is_inside(scope.data_map, foreign_key, table, by_name[foreign_key.parent])
     )
+
+
+@once_for_each_scope
+def leading_out(scope: Scope, table: Table, *, with_crossing: bool) -> tuple[ForeignKey, ...]:
+    """Return the foreign keys whose parents an application of keys must look for.
+
+    Args:
+        with_crossing: also those by which a row may come to refer to another organization's.
+    """
+    return (*outward(scope, table), *(crossing(scope, table) if with_crossing else ()))
 
 
 def is_comparable(foreign_key: ForeignKey) -> bool:

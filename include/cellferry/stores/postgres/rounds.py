@@ -22,9 +22,10 @@ import psycopg
 from cellferry.model import Move, Round
 from cellferry.phases import Phase, reach
 from cellferry.stores.postgres import gate
-from cellferry.stores.postgres.applied import Applied
-from cellferry.stores.postgres.apply import Applier, Keys
+from cellferry.stores.postgres.applied import Applied, Keys
+from cellferry.stores.postgres.apply import Applier
 from cellferry.stores.postgres.delta import MOST_KEYS
+from cellferry.stores.postgres.schema import Table
 from cellferry.stores.postgres.scope import Key, Scope
 from cellferry.stores.postgres.transactions import snapshot, write
 from cellferry.stores.postgres.wire import Wire
@@ -53,6 +54,11 @@ class DirtyKeys:
     def log_ids(self) -> list[int]:
         """Exactly the log rows that these keys come from."""
         return [one for some in self.ids.values() for one in some]
+
+    @property
+    def is_small(self) -> bool:
+        """Whether these are all, and few enough to go together with shared rows."""
+        return self.complete and self.count <= MOST_KEYS
 
     def leave_only(self, relations: Collection[str]) -> None:
         """Take the keys of all other relations out."""
@@ -189,28 +195,12 @@ class Rounds:
             if not candidates:
                 applied.add(self._apply(dirty, before_commit))
         if candidates:
-            is_small = dirty.complete and dirty.count <= MOST_KEYS
-            shared, dirty = dirty, DirtyKeys()
-            shared.leave_only(self._shared)
-
-            def read_again() -> Keys | None:
-                nonlocal dirty
-                dirty = self._read_log(max_keys, max_rows)
-                # Of shared rows only what was seen before they were locked may be forgotten.
-                dirty.leave_only(dirty.keys.keys() - self._shared)
-                return dirty.keys if dirty.complete else None
-
-            # Shared rows first. Other moves write them, too: they are read when they are locked.
-            together = is_small and self._applier.apply_and_follow(
-                candidates, read_again, before_commit
+            shared = dirty
+            dirty, done = self._apply_with_shared(
+                shared, candidates, lambda: self._read_log(max_keys, max_rows), before_commit
             )
-            if together:
-                applied.add(together)
-            else:
-                applied.add(self._applier.follow(candidates))
-                with snapshot(self._source):
-                    read_again()
-                    applied.add(self._apply(dirty, before_commit))
+            shared.leave_only(self._shared)
+            applied.add(done)
         if before_commit is None and not self._move.returning:
             applied.add(self._applier.take_over(dirty.keys))
         reach(Phase.ROUND_APPLIED)
@@ -228,6 +218,40 @@ class Rounds:
             ),
             applied,
         )
+
+    def _apply_with_shared(
+        self,
+        seen: DirtyKeys,
+        candidates: Mapping[Table, set[Key]],
+        read: Callable[[], DirtyKeys],
+        before_commit: Callable[[], None] | None,
+    ) -> tuple[DirtyKeys, Applied]:
+        """Bring shared rows up to date, and apply all other keys that are dirty by then.
+
+        Other moves write shared rows, too: they are read when they are locked, so in a newer
+        snapshot than that of `seen`. The log is read again in it.
+
+        Returns:
+            The other keys, which have been applied, and what was done.
+        """
+        others = DirtyKeys()
+
+        def read_others() -> Keys | None:
+            nonlocal others
+            others = read()
+            # Of shared rows only what was seen before they were locked may be forgotten.
+            others.leave_only(others.keys.keys() - self._shared)
+            return others.keys if others.is_small else None
+
+        if seen.is_small:
+            together = self._applier.apply_and_follow(candidates, read_others, before_commit)
+            if together is not None:
+                return others, together
+        applied = self._applier.follow(candidates)
+        with snapshot(self._source):
+            read_others()
+            applied.add(self._apply(others, before_commit))
+        return others, applied
 
     def _read_log(self, max_keys: int, max_rows: int) -> DirtyKeys:
         return read_log(self._source, self._move.organization.id, max_keys, max_rows)

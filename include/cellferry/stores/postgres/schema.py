@@ -139,6 +139,7 @@ class Table:
     estimated_rows: int = 0
 
     def __hash__(self) -> int:
+        """By name alone: statements are looked up by table, and the hash of all fields is slow."""
         return hash(self.name)
 
     def column(self, name: str) -> Column:

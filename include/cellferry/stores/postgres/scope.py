@@ -73,7 +73,10 @@ class Scope:
 
     @cached_property
     def owns_in_circles(self) -> bool:
-        """Whether some table is owned through one that comes after it in `tables`."""
+        """Whether some table is owned through one that comes after it in `tables`.
+
+        Then no order of deletes, table by table, keeps the parents that a child's guard asks.
+        """
         position = {table.name: number for number, table in enumerate(self.tables)}
         return any(
             position.get(hop.parent, -1) > position[table.name]
@@ -108,6 +111,10 @@ class Scope:
     def owned(self, table: Table, row: str = "t") -> sql.Composable:
         """Return the condition that the row called `row` is the organization's."""
         return _owned(self, table, row)
+
+    def concerned(self, table: Table, row: str = "t") -> sql.Composable:
+        """Return `owned` for an owned table; of a shared one every row counts."""
+        return self.owned(table, row) if table.owners else sql.SQL("true")
 
     @cached_property
     def composed(self) -> dict[tuple[Hashable, ...], Any]:
@@ -249,13 +256,13 @@ def array_text(values: Iterable[str | None]) -> str:
     return "{" + ",".join(elements) + "}"
 
 
-def given_keys(width: int) -> sql.Composed:
-    """Return `unnest(…) AS k(k1, k2 …)` over parameters: one for each column, as `columns_of`."""
-    return _relation([PARAMETER] * width)
+def given_keys(table: Table) -> sql.Composed:
+    """Return `keys_relation` with a `PARAMETER` for each column; `columns_of` gives the values."""
+    return _relation([PARAMETER] * len(table.primary_key))
 
 
 def columns_of(rows: Collection[Sequence[str | None]]) -> list[str]:
-    """Return `rows` by column, each as the text of an array: values for a statement."""
+    """Return `rows`, of which there must be one, as one text of an array for each column."""
     return [array_text(column) for column in zip(*rows, strict=True)]
 
 

@@ -93,8 +93,9 @@ LOG_BATCH = 50_000
 #: Least keys of one part of a round, where the cells ask for a slow pace.
 PART_KEYS = 500
 
-#: At most so many prepared statements in a session; a small round has about four for each table.
-PREPARED = 1_000
+#: Prepared statements that a session keeps: a small round has about four for each table, and with
+#: psycopg's 100 a larger schema's would be gone when the last delta needs them.
+MAX_PREPARED = 1_000
 
 #: Names the checkpoint that says of which attempt the destination has the last delta.
 LAST_DELTA = "last delta of attempt"
@@ -276,7 +277,7 @@ class PostgresMove(StoreMove):
         return self._made_mover(side, self._connection(side))
 
     def _made_mover(self, side: Side, connection: Connection) -> Connection:
-        connection.prepared_max = PREPARED
+        connection.prepared_max = MAX_PREPARED
         schemas = sorted({table.name.schema for table in self._map.tables} | {"public"})
         with sessions.translate_errors(self._where(side)):
             sessions.set_for_session(connection, "session_replication_role", "replica")
