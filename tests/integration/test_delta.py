@@ -31,7 +31,7 @@ class Voyage:
     session: psycopg.Connection[Any]
 
     def quickly(self) -> Applied | None:
-        """Apply what is dirty in the quick way alone; None where that is left to the general way."""
+        """Apply what is dirty in the quick way; None where that is left to the general way."""
         applier = self.move._rounds()._applier
 
         def dirty() -> Mapping[str, set[Key]]:
@@ -160,11 +160,11 @@ def test_children_that_a_gone_parent_leaves_are_left_to_the_general_way(ferry: F
     ],
     ids=["owned rows", "shared rows as well"],
 )
-def test_a_scope_that_owns_in_circles_takes_the_general_way(
+def test_a_scope_with_tangled_guards_takes_the_general_way(
     voyage: Voyage, monkeypatch: pytest.MonkeyPatch, statements: str
 ) -> None:
-    # What is a circle: `test_scope.py`.
-    monkeypatch.setattr(Scope, "owns_in_circles", True)
+    # Which has: `test_scope.py`.
+    monkeypatch.setattr(Scope, "has_tangled_guards", True)
     voyage.session.execute(statements.encode())
 
     assert voyage.quickly() is None

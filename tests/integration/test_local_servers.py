@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import psycopg
 import pytest
 import redis
 
-from cellferry.local import ports, process_identity
+from cellferry.local import ports, process_identity, shared_memory
 from cellferry.local.postgres_server import DURABLE, PostgresServer
 from cellferry.local.process_identity import ProcessIdentity
 from cellferry.local.valkey_server import ValkeyServer
@@ -83,6 +84,49 @@ def test_postgres_starts_over_the_backends_of_a_killed_postmaster(own_postgres) 
     finally:
         successor.stop()
         busy.close()
+
+
+def segments_of(postmaster: ProcessIdentity) -> int:
+    """Segments of shared memory that `postmaster` has made."""
+    listed = Path("/proc/sysvipc/shm").read_text(encoding="ascii").splitlines()[1:]
+    return sum(line.split()[4] == str(postmaster.pid) for line in listed)
+
+
+@pytest.mark.parametrize("killed_by_us", [True, False], ids=["by us", "by somebody"])
+def test_a_killed_postmaster_leaves_no_shared_memory(own_postgres, killed_by_us: bool) -> None:
+    # A machine has 4,096 segments. Whoever kills servers and deletes their folders uses them up.
+    server: PostgresServer = own_postgres()
+    postmaster = server.identity
+    assert postmaster is not None
+    assert segments_of(postmaster) == 1
+
+    if killed_by_us:
+        server.kill()
+    else:
+        os.kill(postmaster.pid, signal.SIGKILL)
+        assert segments_of(postmaster) == 1
+        server.remove()
+
+    assert segments_of(postmaster) == 0
+
+
+def test_shared_memory_that_is_anothers_or_in_use_stays(own_postgres) -> None:
+    server: PostgresServer = own_postgres()
+    postmaster = server.identity
+    assert postmaster is not None
+    record = server.data / "postmaster.pid"
+    text = record.read_text(encoding="utf-8")
+
+    assert not shared_memory.release(server.data)  # it runs
+    os.kill(postmaster.pid, signal.SIGKILL)
+    process_identity.kill_all(process_identity.processes_in(server.data))
+    record.write_text(text.replace(str(postmaster.pid), "1", 1), encoding="utf-8")
+    assert not shared_memory.release(server.data)  # another postmaster's
+    record.write_text("\n".join(text.splitlines()[:5]), encoding="utf-8")
+    assert not shared_memory.release(server.data)  # killed before it had one
+    record.write_text(text, encoding="utf-8")
+    assert shared_memory.release(server.data)
+    assert not shared_memory.release(server.data)
 
 
 def test_a_taken_port_is_exchanged_for_a_free_one(own_postgres, tmp_path: Path) -> None:

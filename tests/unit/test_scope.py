@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cellferry.stores.postgres.schema import (
@@ -46,7 +48,19 @@ def scope(*tables: Table, organization: str = "1") -> Scope:
     ids=["a chain", "a tree", "two that own each other", "three in a circle"],
 )
 def test_ownership_in_circles_is_seen(tables: list[Table], circular: bool) -> None:
-    assert scope(*tables).owns_in_circles is circular
+    assert scope(*tables).has_tangled_guards is circular
+
+
+@pytest.mark.parametrize(
+    ("condition", "tangled"),
+    [("{row}.type = 'Issue'", False), ("EXISTS (SELECT FROM issues WHERE open)", True)],
+)
+def test_a_condition_that_asks_other_tables_is_seen(condition: str, tangled: bool) -> None:
+    path = OwnerPath((), "organization_id", when=condition)
+    hop = Hop(("parent_id",), Name("public", "note"), ("id",), when=condition)
+    assert scope(replace(table("note"), owners=(path,))).has_tangled_guards is tangled
+    through = replace(table("link"), owners=(OwnerPath((hop,), "organization_id"),))
+    assert scope(table("note"), through).has_tangled_guards is tangled
 
 
 def test_what_is_composed_for_one_scope_is_not_another_ones() -> None:

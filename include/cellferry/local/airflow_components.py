@@ -27,6 +27,9 @@ from cellferry.local.roles import METADATA
 from cellferry.local.server_process import GENTLY, ServerFailed, ServerProcess
 from cellferry.niceness import give_way
 
+#: Of LocalExecutor, forked when the scheduler starts: 64 MB each, and two cores.
+WORKERS = 16
+
 API_SERVER = "airflow-api-server"
 SCHEDULER = "airflow-scheduler"
 COMMANDS: Mapping[str, tuple[str, ...]] = {
@@ -89,8 +92,7 @@ def _configuration(
             "plugins_folder": str(layout.root / "plugins"),
             "executor": "LocalExecutor",
             "load_examples": "False",
-            # 64 MB a slot, and two cores
-            "parallelism": "16",
+            "parallelism": str(WORKERS),
             "fernet_key": secrets.airflow("fernet_key"),
             "simple_auth_manager_users": f"{ADMIN}:admin",
             "simple_auth_manager_passwords_file": str(home / "passwords.json"),
@@ -195,9 +197,7 @@ class AirflowComponent:
         self.port = port
         self._layout = layout
         self._process = ServerProcess(name, layout.logs / f"{name}.log")
-        #: Whether the scheduler has given way, and how many workers it had at the last look.
         self._has_yielded = False
-        self._workers_seen = 0
 
     @property
     def log(self) -> Path:
@@ -217,7 +217,7 @@ class AirflowComponent:
     def start(self) -> None:
         """Start it, without waiting; first end what a killed predecessor left of its children."""
         self._process.kill()
-        self._has_yielded, self._workers_seen = False, 0
+        self._has_yielded = False
         command: list[str | Path] = [sys.executable, "-P", "-m", "airflow", *COMMANDS[self.name]]
         if self.name != SCHEDULER:
             # In production Airflow has machines of its own; here it shares the cells'. The
@@ -233,19 +233,16 @@ class AirflowComponent:
         """Let the scheduler go behind the cells and their clients, once it has its workers.
 
         These inherit its priority and keep it: in one of them runs a cutover, for which clients
-        wait. The other tasks yield by themselves. Repeatable; does nothing until two calls in a
-        row have seen the same workers, because it forks them one after the other at its start. One
-        that it forks later, in the place of a dead one, goes behind the clients as well.
+        wait. The other tasks yield by themselves. Repeatable; does nothing until all are there. One
+        that is forked later, in the place of a dead one, goes behind the clients as well.
         """
         pid = self._process.pid
         if self.name != SCHEDULER or pid is None or self._has_yielded:
             return
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-            workers = len(psutil.Process(pid).children())
-            if workers and workers == self._workers_seen:
+            if len(psutil.Process(pid).children()) >= WORKERS:
                 give_way(pid)
                 self._has_yielded = True
-            self._workers_seen = workers
 
     def stop(self) -> None:
         """End it and every process of its session.

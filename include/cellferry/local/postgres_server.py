@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import psycopg
 
-from cellferry.local import postgres_binaries, process_identity
+from cellferry.local import postgres_binaries, process_identity, shared_memory
 from cellferry.local.ports import HOST, free_ports, is_free
 from cellferry.local.privileges import (
     Account,
@@ -220,6 +220,7 @@ class PostgresServer:
         left = process_identity.processes_in(self.data)
         self._process.kill()
         process_identity.kill_all(left)
+        shared_memory.release(self.data)
 
     def clear_leftovers(self) -> int:
         """SIGKILL what still works in the data folder; returns how many processes it was.
@@ -230,6 +231,7 @@ class PostgresServer:
         if self.is_running or not self.data.exists():
             return 0
         killed = process_identity.kill_all(process_identity.processes_in(self.data))
+        shared_memory.release(self.data)
         (self.data / "postmaster.pid").unlink(missing_ok=True)
         return killed
 

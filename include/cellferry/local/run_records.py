@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cellferry.local import process_identity
+from cellferry.local import process_identity, shared_memory
 from cellferry.local.process_identity import ProcessIdentity
 
 
@@ -116,6 +116,7 @@ class RunRecords:
             if record.directory and Path(record.directory).exists():
                 strays = process_identity.processes_in(Path(record.directory))
                 killed += process_identity.kill_all(strays)
+                shared_memory.release(Path(record.directory))
             self.remove(record.name)
         return killed
 

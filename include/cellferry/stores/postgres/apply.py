@@ -164,6 +164,8 @@ class Applier:
             PermanentError: another row has a unique value of a shared row that is missing.
             TransientError: a shared row is locked.
         """
+        if not self._delta.may_go_with(candidates):
+            return None
         try:
             with self._holding(candidates) as held:
                 with snapshot(self._source):
@@ -173,7 +175,8 @@ class Applier:
                     applied = self._delta.apply_with(held, keys)
                 if before_commit is not None:
                     before_commit()
-        except REFUSED:
+        except (*REFUSED, psycopg.errors.DeadlockDetected):
+            # The shared rows were locked for longer than the general way locks them.
             return None
         return applied
 

@@ -109,7 +109,7 @@ class Delta:
             LeaseLost: another attempt took over.
         """
         owned = self._owned(keys)
-        if not 0 < sum(map(len, owned.values())) <= MOST_KEYS or self._scope.owns_in_circles:
+        if not 0 < sum(map(len, owned.values())) <= MOST_KEYS or self._scope.has_tangled_guards:
             return None
         read = self._read(owned)
         try:
@@ -121,6 +121,14 @@ class Delta:
             return None
         return applied
 
+    def may_go_with(self, shared: Collection[Table]) -> bool:
+        """Whether rows of these shared tables may be written together with owned ones."""
+        # Rows that belong to other shared rows may be new to this migration, and only the general
+        # way records them.
+        return not self._scope.has_tangled_guards and not any(
+            map(self._references.has_holders, shared)
+        )
+
     def apply_with(self, held: Mapping[Table, Held], keys: Keys) -> Applied:
         """Apply `keys` and make shared rows as they are at the source.
 
@@ -131,10 +139,6 @@ class Delta:
             UnusualError, psycopg.errors.UniqueViolation, psycopg.errors.ExclusionViolation: it
                 needs the general way.
         """
-        # Rows that belong to other shared rows may be new to this migration, and only the general
-        # way records them.
-        if self._scope.owns_in_circles or any(map(self._references.has_holders, held)):
-            raise UnusualError
         owned = self._owned(keys)
         read = self._read({**owned, **{table: one.keys for table, one in held.items()}})
         return self._write(owned, held, read)

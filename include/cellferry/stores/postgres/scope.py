@@ -72,10 +72,11 @@ class Scope:
         return tuple(ordered.values())
 
     @cached_property
-    def owns_in_circles(self) -> bool:
-        """Whether some table is owned through one that comes after it in `tables`.
+    def has_tangled_guards(self) -> bool:
+        """Whether no order of deletes, table by table, keeps what the guards of others ask.
 
-        Then no order of deletes, table by table, keeps the parents that a child's guard asks.
+        `owned` asks the tables through which one is owned, which come before it in `tables` unless
+        they own each other in a circle; and whatever a path's condition asks.
         """
         position = {table.name: number for number, table in enumerate(self.tables)}
         return any(
@@ -83,6 +84,11 @@ class Scope:
             for table in self.tables
             for path in table.owners
             for hop in path.hops
+        ) or any(
+            condition is not None and "select" in condition.lower()
+            for table in self.tables
+            for path in table.owners
+            for condition in (path.when, *(hop.when for hop in path.hops))
         )
 
     @cached_property

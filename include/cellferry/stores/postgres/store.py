@@ -93,8 +93,9 @@ LOG_BATCH = 50_000
 #: Least keys of one part of a round, where the cells ask for a slow pace.
 PART_KEYS = 500
 
-#: Prepared statements that a session keeps: a small round has about four for each table, and with
-#: psycopg's 100 a larger schema's would be gone when the last delta needs them.
+#: Prepared statements that a session keeps around a cutover: a small round has about four for each
+#: table, and with psycopg's 100 a larger schema's would be gone when the last delta needs them. Not
+#: in the rounds of a copy: psycopg also keeps the texts of as many that it does not prepare.
 MAX_PREPARED = 1_000
 
 #: Names the checkpoint that says of which attempt the destination has the last delta.
@@ -277,7 +278,6 @@ class PostgresMove(StoreMove):
         return self._made_mover(side, self._connection(side))
 
     def _made_mover(self, side: Side, connection: Connection) -> Connection:
-        connection.prepared_max = MAX_PREPARED
         schemas = sorted({table.name.schema for table in self._map.tables} | {"public"})
         with sessions.translate_errors(self._where(side)):
             sessions.set_for_session(connection, "session_replication_role", "replica")
@@ -580,6 +580,8 @@ class PostgresMove(StoreMove):
             # Under the gate only keys above these are looked at.
             self._positions = sequences.positions(self._destination, self._scope)
             self._analyze()
+            for connection in (self._source, self._destination):
+                connection.prepared_max = MAX_PREPARED
             for side in Side:
                 self._wait_for_candidates(side)
             self._barrier = self._make_barrier()

@@ -40,7 +40,21 @@ def _committed(connection: psycopg.Connection[Any]) -> Iterator[None]:
     try:
         yield
         connection.execute("COMMIT")
-    except BaseException:
+    except BaseException as error:
         if not connection.closed:
-            connection.rollback()
+            try:
+                connection.rollback()
+            except psycopg.Error:
+                connection.close()  # in the middle of a message; the server rolls back
+        interruption = _interruption_behind(error)
+        if interruption is not None:
+            raise interruption from None
         raise
+
+
+def _interruption_behind(error: BaseException) -> BaseException | None:
+    """Return what told this process to end, if a pipeline covered it with an error of its own."""
+    behind = error.__context__
+    while behind is not None and isinstance(behind, Exception):
+        behind = behind.__context__
+    return behind if isinstance(error, psycopg.Error) else None
