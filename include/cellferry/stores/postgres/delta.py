@@ -36,7 +36,7 @@ from cellferry.stores.postgres.references import (
     ReferencedRows,
     leading_out,
 )
-from cellferry.stores.postgres.rendering import PARAMETER, with_parameters
+from cellferry.stores.postgres.rendering import with_parameters
 from cellferry.stores.postgres.row_keys import key_array
 from cellferry.stores.postgres.schema import Column, ForeignKey, Placement, Table, Unique
 from cellferry.stores.postgres.scope import (
@@ -45,6 +45,7 @@ from cellferry.stores.postgres.scope import (
     column_list,
     columns_of,
     given_keys,
+    given_rows,
     keys_match,
     once_for_each_scope,
     row_hash,
@@ -223,7 +224,7 @@ class Delta:
         here = locked & rows.keys()
         if must_be_replaced(table):
             if here:
-                _run(self._destination, _delete_shared(table), here)
+                _run(self._destination, _delete(self._scope, table), here)
             here = set()
         elif here and (update := _update(table)):
             # A neighbour that is about to refer to one must find it where it is.
@@ -369,21 +370,13 @@ def _orphan(table: Table) -> sql.Composed:
 
 @once_for_each_scope
 def _delete(scope: Scope, table: Table) -> sql.Composed:
+    """Delete the rows given by key, as far as they are owned."""
     return with_parameters(
         sql.SQL("DELETE FROM {} AS t USING {} WHERE {} AND {}").format(
             table.name.identifier,
             given_keys(table),
             keys_match(table),
-            scope.owned(table),
-        )
-    )
-
-
-@lru_cache(4096)
-def _delete_shared(table: Table) -> sql.Composed:
-    return with_parameters(
-        sql.SQL("DELETE FROM {} AS t USING {} WHERE {}").format(
-            table.name.identifier, given_keys(table), keys_match(table)
+            scope.concerned(table),
         )
     )
 
@@ -419,7 +412,7 @@ def _insert(table: Table) -> sql.Composed:
         table.name.identifier,
         column_list(columns, None),
         sql.SQL(", ").join(_value(table, column) for column in columns),
-        _given(table),
+        given_rows(len(table.copied_columns)),
     )
     return with_parameters(statement)
 
@@ -436,23 +429,15 @@ def _update(table: Table) -> sql.Composed | None:
             sql.SQL("{} = {}").format(sql.Identifier(column.name), _value(table, column))
             for column in columns
         ),
-        _given(table),
+        given_rows(len(table.copied_columns)),
         _has_given_key(table),
     )
     return with_parameters(statement)
 
 
-def _given(table: Table) -> sql.Composed:
-    numbers = range(len(table.copied_columns))
-    return sql.SQL("unnest({}) AS v({})").format(
-        sql.SQL(", ").join(sql.SQL("{}::text[]").format(PARAMETER) for _ in numbers),
-        sql.SQL(", ").join(sql.Identifier(f"c{number}") for number in numbers),
-    )
-
-
 def _value(table: Table, column: Column) -> sql.Composed:
-    number = table.copied_columns.index(column)
-    return sql.SQL("{}::{}").format(sql.Identifier("v", f"c{number}"), sql.SQL(column.type))
+    number = table.copied_columns.index(column) + 1
+    return sql.SQL("{}::{}").format(sql.Identifier("k", f"k{number}"), sql.SQL(column.type))
 
 
 def _has_given_key(table: Table) -> sql.Composed:

@@ -264,7 +264,12 @@ def array_text(values: Iterable[str | None]) -> str:
 
 def given_keys(table: Table) -> sql.Composed:
     """Return `keys_relation` with a `PARAMETER` for each column; `columns_of` gives the values."""
-    return _relation([PARAMETER] * len(table.primary_key))
+    return given_rows(len(table.primary_key))
+
+
+def given_rows(width: int) -> sql.Composed:
+    """Return `unnest(…) AS k(k1, k2 …)` with a `PARAMETER` for each of `width` columns."""
+    return _relation([PARAMETER] * width)
 
 
 def columns_of(rows: Collection[Sequence[str | None]]) -> list[str]:
