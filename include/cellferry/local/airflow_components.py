@@ -24,8 +24,8 @@ from cellferry.local.fleet_layout import FleetLayout, FleetSecrets, write_privat
 from cellferry.local.ports import HOST
 from cellferry.local.process_identity import ProcessIdentity
 from cellferry.local.roles import METADATA
-from cellferry.local.server_process import GENTLY, ServerFailed, ServerProcess
-from cellferry.niceness import give_way
+from cellferry.local.server_process import ServerFailed, ServerProcess
+from cellferry.niceness import ONE_MACHINE, session_gives_way
 
 #: Of LocalExecutor, forked when the scheduler starts: 64 MB each, and two cores.
 WORKERS = 16
@@ -161,6 +161,7 @@ def environment(layout: FleetLayout) -> dict[str, str]:
         # A proxy of the machine is not for the way to ourselves.
         "NO_PROXY": ",".join(direct),
         "no_proxy": ",".join(direct),
+        ONE_MACHINE: "1",
         "PYTHONUNBUFFERED": "1",
         "TZ": "UTC",
     }
@@ -219,29 +220,36 @@ class AirflowComponent:
         self._process.kill()
         self._has_yielded = False
         command: list[str | Path] = [sys.executable, "-P", "-m", "airflow", *COMMANDS[self.name]]
-        if self.name != SCHEDULER:
-            # In production Airflow has machines of its own; here it shares the cells'. The
-            # scheduler waits until it has its workers (`yield_the_processor`).
-            command = [*GENTLY, *command]
         if self.name == API_SERVER:
             command += ["--port", str(self.port)]
         self._process.start(
             command, cwd=self._layout.airflow, environment=environment(self._layout)
         )
+        self._go_behind_the_cells()
+
+    def _go_behind_the_cells(self) -> None:
+        """Give way to them and to their clients: in production they have machines of their own.
+
+        A cutover's task takes its place among the cells by itself (`niceness.go_first`).
+        """
+        if self.name != SCHEDULER:
+            self._process.give_way()
+        elif (pid := self._process.pid) is not None:
+            session_gives_way(pid)  # and the process itself later
 
     def yield_the_processor(self) -> None:
-        """Let the scheduler go behind the cells and their clients, once it has its workers.
+        """Let the scheduler itself go behind its workers, once it has them.
 
-        These inherit its priority and keep it: in one of them runs a cutover, for which clients
-        wait. The other tasks yield by themselves. Repeatable; does nothing until all are there. One
-        that is forked later, in the place of a dead one, goes behind the clients as well.
+        These inherit its niceness and keep it, in one of them runs a cutover, and sessions may not
+        count. The other tasks yield by themselves. Repeatable; does nothing until all are there.
+        One that is forked later, in the place of a dead one, yields as well.
         """
         pid = self._process.pid
         if self.name != SCHEDULER or pid is None or self._has_yielded:
             return
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
             if len(psutil.Process(pid).children()) >= WORKERS:
-                give_way(pid)
+                self._process.give_way()
                 self._has_yielded = True
 
     def stop(self) -> None:

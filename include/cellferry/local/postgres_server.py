@@ -96,6 +96,7 @@ class PostgresServer:
             directory / "server.log",
             account=self._account,
             die_with_parent=die_with_parent,
+            is_prompt=True,
         )
 
     @property

@@ -12,7 +12,7 @@ import time
 
 from cellferry.local import airflow_components
 from cellferry.local.fleet_layout import FleetLayout
-from cellferry.local.server_process import GENTLY, ServerProcess
+from cellferry.local.server_process import ServerProcess
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +60,9 @@ class RegularReaper:
         if written.is_file() and written.stat().st_size > LONGEST_LOG:
             written.unlink()
         self._process.start(
-            # Behind whoever is at a gate: a run costs a second of processor for its imports alone.
-            [*GENTLY, sys.executable, "-P", "-m", "cellferry.cli", "reap"],
+            [sys.executable, "-P", "-m", "cellferry.cli", "reap"],
             cwd=self._layout.state,
             environment=airflow_components.environment(self._layout),
         )
+        # Behind whoever is at a gate: a run costs a second of processor for its imports alone.
+        self._process.give_way()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -18,11 +17,7 @@ from cellferry.errors import CellferryError
 from cellferry.local import process_identity
 from cellferry.local.privileges import Account, popen_arguments
 from cellferry.local.process_identity import ProcessIdentity
-from cellferry.niceness import GENTLE
-
-_PR_SET_PDEATHSIG = 1
-#: Before a command: it gives way to the cells and their clients.
-GENTLY = ("nice", "-n", str(GENTLE))
+from cellferry.niceness import end_with_parent, give_way, take_short_turns
 
 
 class ServerFailed(CellferryError):
@@ -38,6 +33,7 @@ class ServerProcess:
         account: the account it runs as; None for our own.
         die_with_parent: end the program when the thread that started it ends, even by SIGKILL
             (Linux only): for tests. A fleet in the background outlives the command.
+        is_prompt: clients wait for its answers: see `niceness.take_short_turns`.
     """
 
     def __init__(
@@ -47,11 +43,13 @@ class ServerProcess:
         *,
         account: Account | None = None,
         die_with_parent: bool = False,
+        is_prompt: bool = False,
     ) -> None:
         self.name = name
         self.log = log
         self._account = account
         self._die_with_parent = die_with_parent
+        self._is_prompt = is_prompt
         self._popen: subprocess.Popen[bytes] | None = None
         self.identity: ProcessIdentity | None = None
 
@@ -69,10 +67,13 @@ class ServerProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                # One system call, prepared before the fork: safe with threads.
-                preexec_fn=_end_with_parent() if self._die_with_parent else None,  # noqa: PLW1509
+                # System calls only, nothing loaded after the fork: safe with threads.
+                preexec_fn=partial(end_with_parent, os.getpid()) if self._die_with_parent else None,  # noqa: PLW1509
                 **popen_arguments(self._account),  # type: ignore[call-overload]
             )
+        if self._is_prompt:
+            with contextlib.suppress(ProcessLookupError):
+                take_short_turns(self._popen.pid)
         with contextlib.suppress(psutil.NoSuchProcess):
             self.identity = ProcessIdentity.of(self._popen.pid)
 
@@ -85,6 +86,12 @@ class ServerProcess:
     def is_running(self) -> bool:
         """Whether it runs."""
         return self.pid is not None
+
+    def give_way(self) -> None:
+        """Let others go before it and its session; see `niceness.give_way`."""
+        if (pid := self.pid) is not None:
+            with contextlib.suppress(ProcessLookupError):
+                give_way(pid)
 
     def wait_ready(self, is_ready: Callable[[], bool], timeout: float) -> None:
         """Wait until `is_ready` says so.
@@ -139,17 +146,3 @@ class ServerProcess:
         except OSError:
             return "(no log)"
         return "\n".join(text.splitlines()[-lines:])
-
-
-def _end_with_parent() -> Callable[[], None] | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    libc = ctypes.CDLL(None, use_errno=True)
-    parent = os.getpid()
-
-    def in_child() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
-        if os.getppid() != parent:  # it ended before the call
-            os._exit(1)
-
-    return in_child

@@ -84,6 +84,7 @@ class ValkeyServer:
             f"Valkey in {directory}",
             directory / "server.log",
             die_with_parent=die_with_parent,
+            is_prompt=True,
         )
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from airflow.sdk import get_current_context
 
 from cellferry.errors import CellferryError
 from cellferry.model import Actor
-from cellferry.niceness import give_way
+from cellferry.niceness import ONE_MACHINE, give_way, go_first
 
 if TYPE_CHECKING:
     from cellferry.migration import Context, StepResult
@@ -47,7 +48,7 @@ def running_task(*, waited_for: bool = False) -> Iterator[RunningTask]:
     """Be a task for the block: told to end, it unwinds; its progress and its errors are shown.
 
     Args:
-        waited_for: whether writers wait for this step; all others yield the processor.
+        waited_for: whether writers wait for this step; all others yield the processors.
 
     An error that leaves the block is said in plain words in the log and left for the report, with
     secrets masked; then Airflow's retry policy decides.
@@ -58,6 +59,8 @@ def running_task(*, waited_for: bool = False) -> Iterator[RunningTask]:
 
     if not waited_for:
         give_way()
+    elif ONE_MACHINE in os.environ:
+        go_first()
     airflow: Mapping[str, Any] = get_current_context()
     state_store = airflow.get("task_state_store")
     connections = AirflowConnections()
