@@ -29,9 +29,9 @@ from typing import Any
 
 from cellferry import phases, settings
 from cellferry.errors import CellferryError, TransientError
-from cellferry.local.server_process import _end_with_parent as end_with_parent
 from cellferry.migration import Context, steps
 from cellferry.model import Actor
+from cellferry.niceness import end_with_parent
 from cellferry.phases import Phase
 
 ACTOR = Actor("kill matrix", role="system")
@@ -133,11 +133,10 @@ def serve(control: str, config: Path) -> int:
     line.say(hello="server", pid=os.getpid())
     while True:
         request = line.hear()
-        dies_with_parent = end_with_parent()
+        server = os.getpid()
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            if dies_with_parent is not None:
-                dies_with_parent()
+            end_with_parent(server)
             code = 1
             with contextlib.suppress(BaseException):
                 own = Line(control)
