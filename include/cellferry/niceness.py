@@ -87,17 +87,18 @@ def go_first() -> None:
     end_with_parent(parent)
 
 
-def end_with_parent(parent: int) -> None:
-    """Let the kernel SIGKILL this process when its parent ends, even if that was killed.
+def end_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Let the kernel end this process when its parent ends, even if that was killed (Linux only).
 
     Args:
         parent: its pid. Where it is no longer the parent, it has ended already, and so does this.
+        number: the signal that ends this process.
     """
     if not sys.platform.startswith("linux"):
         return
-    _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    _LIBC.prctl(_PR_SET_PDEATHSIG, int(number))
     if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), number)
 
 
 def take_short_turns(pid: int) -> None:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import multiprocessing
 import os
@@ -27,12 +26,13 @@ from tests.fault.scenario import NOT_WRITABLE_S, REAPED_S, Outcome, Scenario, ru
 from tests.fault.stepper import ROOT
 from tests.fault.world import World
 
+from cellferry.niceness import end_with_parent
+
 #: A worker's servers are made anew after so many scenarios, so that what stays in the cells (the
 #: neighbours, and organizations that have arrived) does not slow the next ones down.
 _WORLD_LASTS = 60
 #: A worker that says nothing for so long hangs: a fault that the steps' own deadlines miss.
 _SILENT_S = 600.0
-_PR_SET_PDEATHSIG = 1
 
 
 def chosen(everything: Sequence[Scenario], only: str | None) -> list[Scenario]:
@@ -107,7 +107,8 @@ def _work(tasks: Any, results: Any, sabotage: str | None) -> None:
         sys.exit(1)
 
     signal.signal(signal.SIGTERM, end)
-    _end_with_parent()
+    if (parent := multiprocessing.parent_process()) is not None and parent.pid is not None:
+        end_with_parent(parent.pid, signal.SIGTERM)  # and with this worker its servers
     world: World | None = None
     played = 0
     try:
@@ -139,15 +140,6 @@ def _work(tasks: Any, results: Any, sabotage: str | None) -> None:
     finally:
         if world is not None:
             world.close()
-
-
-def _end_with_parent() -> None:
-    """Let this worker, and with it its servers, end when the run is killed (Linux only)."""
-    parent = multiprocessing.parent_process()
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
-    if parent is not None and not parent.is_alive():  # it ended before the call
-        sys.exit(1)
 
 
 def table(outcomes: Iterable[Outcome]) -> str:

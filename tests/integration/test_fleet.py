@@ -323,6 +323,20 @@ def test_the_scheduler_goes_behind_clients_and_its_workers_do_not(airflow: Fleet
     assert [one.nice() for one in psutil.Process(scheduler).children()] == [ours] * WORKERS
 
 
+@pytest.mark.skipif(
+    not Path("/proc/self/autogroup").exists(),
+    reason="this kernel does not share processors between sessions",
+)
+def test_the_sessions_of_airflow_go_behind_those_of_the_cells(airflow: Fleet) -> None:
+    said = {
+        name: int(Path(f"/proc/{one.pid}/autogroup").read_text("ascii").split()[-1])
+        for name, one in records(airflow).items()
+        if name != SUPERVISOR
+    }
+    assert said == {name: GENTLE if name in COMMANDS else 0 for name in said}
+    assert set(COMMANDS) < set(said)
+
+
 def test_down_stops_airflow_too(airflow: Fleet) -> None:
     running = processes(airflow)
     assert airflow.down() == 0
