@@ -26,7 +26,7 @@ from tests.fault.scenario import NOT_WRITABLE_S, REAPED_S, Outcome, Scenario, ru
 from tests.fault.stepper import ROOT
 from tests.fault.world import World
 
-from cellferry.niceness import end_with_parent
+from cellferry.parent_process import end_with_parent
 
 #: A worker's servers are made anew after so many scenarios, so that what stays in the cells (the
 #: neighbours, and organizations that have arrived) does not slow the next ones down.

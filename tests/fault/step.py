@@ -31,7 +31,7 @@ from cellferry import phases, settings
 from cellferry.errors import CellferryError, TransientError
 from cellferry.migration import Context, steps
 from cellferry.model import Actor
-from cellferry.niceness import end_with_parent
+from cellferry.parent_process import end_with_parent
 from cellferry.phases import Phase
 
 ACTOR = Actor("kill matrix", role="system")
@@ -130,10 +130,10 @@ def serve(control: str, config: Path) -> int:
     """Fork a process for each request until the harness is gone."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     line = Line(control)
-    line.say(hello="server", pid=os.getpid())
+    server = os.getpid()
+    line.say(hello="server", pid=server)
     while True:
         request = line.hear()
-        server = os.getpid()
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             end_with_parent(server)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -35,6 +35,21 @@ if child == 0:
     os._exit(0)
 sys.stdin.read()
 os._exit(0)
+"""
+#: As a task: its part of /proc belongs to root, whoever it runs as.
+HIDDEN_TASK = """
+import ctypes, os, sys
+from cellferry.niceness import give_way, go_first
+ctypes.CDLL(None).prctl(4, 0)  # PR_SET_DUMPABLE
+child = os.fork()
+if child == 0:
+    os.setpgid(0, 0)
+    go_first()
+    print(open("/proc/self/autogroup").read().strip(), flush=True)
+    give_way()
+    print(open("/proc/self/autogroup").read().strip(), flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
 """
 SLEEP = "print('here', flush=True); import time; time.sleep(120)"
 
@@ -68,10 +83,12 @@ def autogroup(pid: int) -> tuple[str, int]:
 
 
 def wait_until_gone(pid: int) -> None:
-    deadline = time.monotonic() + 30
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline, f"process {pid} goes on"
-        time.sleep(0.02)
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        deadline = time.monotonic() + 30
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, f"process {pid} goes on"
+            time.sleep(0.02)
 
 
 @needs_autogroups
@@ -84,6 +101,14 @@ def test_what_goes_first_leaves_a_session_that_has_given_way() -> None:
         assert autogroup(parent.pid)[1] == GENTLE
         assert autogroup(task)[1] == 0
         assert autogroup(task)[0] != autogroup(parent.pid)[0]
+
+
+@needs_autogroups
+def test_what_went_first_gives_way_afterwards_also_with_its_memory_hidden() -> None:
+    with started(HIDDEN_TASK) as parent:
+        before, after = (said(parent).split() for _ in range(2))
+    assert before[0] == after[0]
+    assert (int(before[-1]), int(after[-1])) == (0, GENTLE)
 
 
 @needs_autogroups

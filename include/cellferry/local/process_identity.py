@@ -66,9 +66,10 @@ class ProcessIdentity:
     def session(self) -> list[psutil.Process]:
         """Living members of the session it leads or led: all its descendants that stayed in it.
 
-        Airflow gives each task a process group of its own, but the session stays. The kernel
-        does not give a pid to a new process while a session of that number has members, so the
-        session is ours unless its number is in new hands.
+        Airflow gives each task a process group of its own, but the session stays, except for a
+        task that ends with its parent (`niceness.go_first`). The kernel does not give a pid to a
+        new process while a session of that number has members, so the session is ours unless its
+        number is in new hands.
         """
         if self.boot != boot_id() or (psutil.pid_exists(self.pid) and not self._holds_its_pid):
             return []

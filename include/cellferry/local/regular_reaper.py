@@ -38,7 +38,7 @@ class RegularReaper:
         self._started = time.monotonic()
 
     def look(self) -> None:
-        """Start a run that is due, end one that hangs. Returns at once; never raises."""
+        """Start a run that is due, end one that hangs. Does not wait for it; never raises."""
         age_s = time.monotonic() - self._started
         try:
             if self._process.is_running:

@@ -103,7 +103,8 @@ class RunRecords:
         """SIGKILL what is left of the recorded processes; returns how many processes it was.
 
         The whole session of each goes: a killed scheduler leaves its LocalExecutor's children
-        and their tasks. Backends of a killed PostgreSQL are found by their working directory.
+        and their tasks, and a task in a session of its own ends with the child that started it.
+        Backends of a killed PostgreSQL are found by their working directory.
 
         Args:
             spare: a component to leave alone: the supervisor that calls.

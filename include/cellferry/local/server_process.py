@@ -17,7 +17,8 @@ from cellferry.errors import CellferryError
 from cellferry.local import process_identity
 from cellferry.local.privileges import Account, popen_arguments
 from cellferry.local.process_identity import ProcessIdentity
-from cellferry.niceness import end_with_parent, give_way, take_short_turns
+from cellferry.niceness import give_way, take_short_turns
+from cellferry.parent_process import end_with_parent
 
 
 class ServerFailed(CellferryError):
@@ -67,7 +68,7 @@ class ServerProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                # System calls only, nothing loaded after the fork: safe with threads.
+                # System calls that were looked up before the fork: safe with threads.
                 preexec_fn=partial(end_with_parent, os.getpid()) if self._die_with_parent else None,  # noqa: PLW1509
                 **popen_arguments(self._account),  # type: ignore[call-overload]
             )
@@ -124,7 +125,11 @@ class ServerProcess:
         self.kill()
 
     def kill(self) -> None:
-        """SIGKILL it, its session and its descendants, and wait until they are gone."""
+        """SIGKILL it, its session and its descendants, and wait until they are gone.
+
+        A task with a session of its own (`niceness.go_first`) ends when its parent, which is of
+        the family or of the session, does.
+        """
         if self._popen is None:
             return
         family: list[psutil.Process] = []

@@ -5,7 +5,7 @@ Run as `python -m cellferry.local.supervisor ROOT STATE`; `fleet-up` does.
 - Each component gets a session of its own and a record in `.local/run/`.
 - A component that ends by itself is started again after a back-off, once everything that it left
   behind is gone: LocalExecutor's children and their tasks, busy backends.
-- Airflow's scheduler goes behind the cells and their clients once it has its workers.
+- Airflow goes behind the cells and their clients.
 - The reaper runs regularly, whether Airflow lives or not.
 - SIGTERM or SIGINT stops everything in order: Airflow, the cells, the topology.
 - SIGKILL leaves the components running; the next start, or `fleet-down`, ends them by their

@@ -27,7 +27,7 @@ def shard_context(*, waited_for: bool = False) -> Iterator[Context]:
     """Open everything that a step of a re-sharding needs, as the running Airflow task.
 
     Args:
-        waited_for: whether clients wait for this step; all others yield the processor.
+        waited_for: whether clients wait for this step; all others yield the processors.
     """
     from cellferry.migration.context import ProgressEvent
     from cellferry.settings import resolve
