@@ -165,6 +165,8 @@ class Move:
         attempt: the lease of this controller. A store refuses a lower attempt (hazard 1).
         returning: this is the way back after a flip: `source` is the new cell, `destination` the
             old one, whose copy is there already behind a gate that says `moved`.
+        planned: how much the plan counted, by store and by part of its inventory: what is expected,
+            for totals and estimates only.
     """
 
     migration: int
@@ -177,6 +179,7 @@ class Move:
     throttle: Throttle = Throttle()
     limits: Limits = Limits()
     returning: bool = False
+    planned: Mapping[str, Mapping[str, int]] = field(default_factory=dict, compare=False)
 
     def turned(self) -> Move:
         """Return the way back of a move whose route was flipped: the cells swapped.

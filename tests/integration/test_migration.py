@@ -24,7 +24,10 @@ from cellferry.errors import (
 )
 from cellferry.migration import Context, MoveOptions, steps
 from cellferry.migration import barrier as barrier_module
+from cellferry.migration.context import ProgressEvent
 from cellferry.model import Organization, State
+from cellferry.stores.postgres.copier import Copier
+from cellferry.stores.postgres.schema import Table
 from cellferry.topology import Topology
 from fixtures.cells import NO_TRACES, PATIENT, TwoCells
 from fixtures.gated import eventually
@@ -81,6 +84,26 @@ def test_an_organization_moves_whole_and_its_neighbour_stays(
     assert (cells.rows("cell-1", "8"), cells.keys("cell-1", "8")) == neighbour
     assert cells.traces("cell-1") == NO_TRACES
     assert cells.traces("cell-2") == NO_TRACES
+
+
+def test_a_copy_expects_what_the_plan_counted_and_counts_nothing_again(
+    cells: TwoCells, acme: Organization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    migration = cells.plan(acme)
+    heard: list[ProgressEvent] = []
+
+    def count(_copier: Copier, table: Table, _mark: object) -> int:
+        raise AssertionError(f"{table.name} is counted again")
+
+    with cells.context() as context:
+        planned = context.topology.migration(migration).facts["plan"]["inventories"]
+        monkeypatch.setattr(Copier, "_count", count)
+        context.listener = heard.append
+        steps.copy(context, migration)
+    for store, unit in (("postgres", "rows"), ("redis", "keys")):
+        owned = [p["count"] for p in planned[store]["parts"] if p["placement"] == "owned"]
+        totals = [one.total for one in heard if (one.store, one.phase) == (store, "copy")]
+        assert totals[0] == sum(owned), f"{unit}; shared rows come later"
 
 
 def test_every_step_may_be_repeated(cells: TwoCells, acme: Organization) -> None:

@@ -121,6 +121,7 @@ class Context:
             strategy=migration.strategy,
             throttle=options.throttle,
             limits=options.limits,
+            planned=_planned(migration),
         )
         return move.turned() if returning else move
 
@@ -139,6 +140,15 @@ class Context:
             throttle=options.throttle,
             limits=options.limits,
         )
+
+
+def _planned(migration: Migration) -> dict[str, dict[str, int]]:
+    """Return what the recorded plan counted, as `Move.planned`."""
+    inventories: Mapping[str, Any] = migration.facts.get("plan", {}).get("inventories", {})
+    return {
+        kind: {part["name"]: part["count"] for part in found["parts"]}
+        for kind, found in inventories.items()
+    }
 
 
 class StepProgress(Progress):

@@ -104,7 +104,8 @@ class _Account(_Teller):
         self.sent_again += rows
 
     def report(self, note: str) -> None:
-        self._progress.report("postgres", "copy", self.count, self._total, "rows", note)
+        total = max(self._total, self.count)
+        self._progress.report("postgres", "copy", self.count, total, "rows", note)
 
 
 class _FromLane(_Teller):
@@ -169,7 +170,7 @@ class Copier:
         started = time.monotonic()
         marks = checkpoints.read(self._destination, self._move.migration)
         tables = [table for table in self._scope.tables if not _mark(marks, table.name).done]
-        expected = {table.name: self._count(table, _mark(marks, table.name)) for table in tables}
+        expected = {table.name: self._left(table, _mark(marks, table.name)) for table in tables}
         account = _Account(self._progress, marks, sum(expected.values()))
         lanes = self._lanes(expected.values())
         if lanes > 1 and self._connect is not None:
@@ -192,8 +193,12 @@ class Copier:
             recopied=account.sent_again,
         )
 
+    def _left(self, table: Table, mark: Checkpoint) -> int:
+        """Return about how many rows are still to copy; only what no plan counted is counted."""
+        planned = self._move.planned.get("postgres", {}).get(str(table.name))
+        return self._count(table, mark) if planned is None else max(0, planned - mark.rows)
+
     def _count(self, table: Table, mark: Checkpoint) -> int:
-        """Count what is still to copy."""
         row = self._source.execute(
             sql.SQL("SELECT count(*) FROM {} AS t WHERE {}").format(
                 table.name.identifier, _range(self._scope, table, mark.last_key)

@@ -72,6 +72,7 @@ class Copier:
         reader: another one for the values.
         writer: connection to the destination.
         run_id: of the source's server process.
+        planned: how many keys are expected, for the total of the progress; 0 when nobody knows.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Copier:
         run_id: str,
         throttle: Throttle,
         progress: Progress,
+        planned: int = 0,
     ) -> None:
         self._scanner = scanner
         self._reader = reader
@@ -93,6 +95,7 @@ class Copier:
         self._run_id = run_id
         self._throttle = throttle
         self._progress = progress
+        self._planned = planned
         self._reading: deque[_Batch] = deque()
         self._writing: deque[int] = deque()
         self._reported = 0.0
@@ -212,5 +215,7 @@ class Copier:
                 if self.huge
                 else ""
             )
-            total = self._point.keys if self._point.done else None
+            total: int | None = self._point.keys
+            if not self._point.done:
+                total = max(self._planned, self._point.keys) if self._planned else None
             self._progress.report("redis", "copy", self._point.keys, total, "keys", note)

@@ -390,6 +390,7 @@ class RedisMove(base.StoreMove):
             run_id=run_id,
             throttle=self._throttle,
             progress=self._progress,
+            planned=sum(self.move.planned.get("redis", {}).values()),
         ).run()
 
     # --- sync --------------------------------------------------------------------------------
