@@ -10,6 +10,7 @@ import time
 import traceback
 from pathlib import Path
 
+import psutil
 from tests.bench import document
 from tests.bench.harness import Bench, Section
 
@@ -30,10 +31,10 @@ SECTIONS = (
 
 def measure(name: str, scale: float, runs: int) -> tuple[Section, dict[str, object]]:
     """Run one section; returns it with its circumstances."""
-    load, began = os.getloadavg()[0], time.time()
+    load, processors, began = os.getloadavg()[0], psutil.cpu_times(), time.time()
     with Bench.opened(name, scale, runs) as bench:
         section = importlib.import_module(f"tests.bench.{name}").run(bench)
-    return section, document.circumstances(load, began, scale, runs)
+    return section, document.circumstances(load, processors, began, scale, runs)
 
 
 def main() -> int:

@@ -16,6 +16,7 @@ import psutil
 from tests.bench.harness import Section, Value
 
 from cellferry.local import postgres_binaries
+from cellferry.local.processors import withheld_share
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docs/benchmarks"
@@ -31,7 +32,9 @@ seconds do not.
 """
 
 
-def circumstances(load_before: float, began: float, scale: float, runs: int) -> dict[str, Any]:
+def circumstances(
+    load_before: float, cpu_before: Any, began: float, scale: float, runs: int
+) -> dict[str, Any]:
     """Return what the figures of a section depend on: machine, versions, load, size."""
     memory = psutil.virtual_memory().total / 2**30
     commit = subprocess.run(
@@ -49,6 +52,7 @@ def circumstances(load_before: float, began: float, scale: float, runs: int) -> 
         "python": platform.python_version(),
         "postgresql": str(postgres_binaries.major_version(postgres_binaries.wheel_bin_dir())),
         "load_before": round(load_before, 2),
+        "withheld": round(withheld_share(cpu_before, psutil.cpu_times()), 3),
         "commit": commit or "unknown",
         "scale": scale,
         "runs": runs,
@@ -116,10 +120,17 @@ def _section(name: str, content: Mapping[str, Any]) -> str:
     lines.append(
         f"*{around['when']}, commit {around['commit']}, {around['machine']},"
         f" PostgreSQL {around['postgresql']}, Python {around['python']}; load before"
-        f" {around['load_before']}; scale {_figure(around['scale'])}, {around['runs']} runs,"
-        f" {around['took_s']} s. Data: `docs/benchmarks/{name}.json`.*\n"
+        f" {around['load_before']}{_withheld(around)}; scale {_figure(around['scale'])},"
+        f" {around['runs']} runs, {around['took_s']} s. Data: `docs/benchmarks/{name}.json`.*\n"
     )
     return "".join(lines)
+
+
+def _withheld(around: Mapping[str, Any]) -> str:
+    """Say how much slower the machine's host made everything, by what it gave to others."""
+    if (share := around.get("withheld")) is None:
+        return ""
+    return f", {share:.0%} of the processors withheld by the host"
 
 
 def _anchor(title: str) -> str:

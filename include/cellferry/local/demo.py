@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
@@ -29,6 +30,7 @@ from cellferry.errors import CellferryError
 from cellferry.local.airflow_api import ENDED, AirflowApi
 from cellferry.local.application import Application, Checked, Traffic
 from cellferry.local.fleet import Fleet
+from cellferry.local.processors import withheld_share
 from cellferry.local.wishes import is_set, whole_number
 from cellferry.migration import Context, steps
 from cellferry.model import Actor, Migration, State
@@ -43,6 +45,8 @@ RUN_WITHIN_S = 900
 LARGE_ROWS = 300_000
 PAUSE_P50_S = 0.1
 PAUSE_MAX_S = 1.0
+#: A host that withholds more than this share of the processors makes pauses longer: worth a word.
+WITHHELD_WORTH_SAYING = 0.05
 #: Into a pipe, work that goes on in the same state is said again after so many seconds.
 REPEAT_AFTER_S = 30.0
 #: States in which nobody works on a migration: its last progress is no news.
@@ -165,6 +169,7 @@ def _move(
     root: Path,
 ) -> Outcome:
     movers = application.organizations_to_move(MOVED)
+    before = psutil.cpu_times()
     say(f"writers start on all organizations, {wishes.writes_per_s} writes/s")
     traffic = application.start_traffic(writes_per_s=wishes.writes_per_s, focus=movers)
     try:
@@ -187,7 +192,14 @@ def _move(
     say("writers stopped; the checker compares every acknowledged write with the cells")
     checked = application.check()
     outcome = _judge(context, application, checked, state, report_log)
+    withheld = withheld_share(before, psutil.cpu_times())
+    outcome.details["processors_withheld"] = round(withheld, 3)
     _print_table(console, outcome)
+    if withheld > WITHHELD_WORTH_SAYING:
+        console.print(
+            f"the host of this machine withheld {withheld:.0%} of the processors' time meanwhile; "
+            "every figure suffers from that"
+        )
     report = root / ".local" / "demo-report.json"
     report.write_text(json.dumps(_report(outcome), indent=2), encoding="utf-8")
     return outcome
