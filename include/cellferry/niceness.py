@@ -22,8 +22,6 @@ from cellferry.parent_process import end_with_parent
 
 #: Niceness of work that nobody waits for: cutovers, servers and their clients go first.
 GENTLE = 10
-#: The same of a session: a third of another one's share. It must get on also beside many others.
-GENTLE_SESSION = 5
 
 #: Set where all that moves an organization, and its clients, share one machine: the local fleet.
 ONE_MACHINE = "CELLFERRY_ONE_MACHINE"
@@ -64,7 +62,7 @@ def session_gives_way(pid: int) -> None:
 def _ask_for_session(pid: int) -> bool:
     """Return whether there is nothing more to be done: False when to be asked again."""
     try:
-        Path(f"/proc/{pid}/autogroup").write_text(str(GENTLE_SESSION), encoding="ascii")
+        Path(f"/proc/{pid}/autogroup").write_text(str(GENTLE), encoding="ascii")
     except BlockingIOError:
         return False
     except PermissionError:
@@ -72,7 +70,7 @@ def _ask_for_session(pid: int) -> bool:
             return True
         # Airflow's tasks hide their memory (PR_SET_DUMPABLE), and their part of /proc is root's
         # then. That ends with another program, and one in the same session may say the same.
-        say = f"echo {GENTLE_SESSION} > /proc/self/autogroup"
+        say = f"echo {GENTLE} > /proc/self/autogroup"
         said = subprocess.run(["sh", "-c", say], check=False, stderr=subprocess.DEVNULL)
         return said.returncode == 0
     except OSError:

@@ -26,7 +26,7 @@ from cellferry.local.run_records import RunRecord, RunRecords
 from cellferry.local.server_process import ServerFailed
 from cellferry.local.supervisor import NAME as SUPERVISOR
 from cellferry.local.supervisor import TOPOLOGY
-from cellferry.niceness import GENTLE, GENTLE_SESSION
+from cellferry.niceness import GENTLE
 
 ROOT = Path(__file__).parents[2]
 CELLS = ("cell-1", "cell-2", "cell-3")
@@ -333,7 +333,7 @@ def test_the_sessions_of_airflow_go_behind_those_of_the_cells(airflow: Fleet) ->
         for name, one in records(airflow).items()
         if name != SUPERVISOR
     }
-    assert said == {name: GENTLE_SESSION if name in COMMANDS else 0 for name in said}
+    assert said == {name: GENTLE if name in COMMANDS else 0 for name in said}
     assert set(COMMANDS) < set(said)
 
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from cellferry.local.server_process import ServerProcess
-from cellferry.niceness import GENTLE, GENTLE_SESSION, give_way, session_gives_way
+from cellferry.niceness import GENTLE, give_way, session_gives_way
 
 AUTOGROUPS = Path("/proc/self/autogroup").exists()
 needs_autogroups = pytest.mark.skipif(
@@ -98,7 +98,7 @@ def test_what_goes_first_leaves_a_session_that_has_given_way() -> None:
         assert first == parent.pid
         session_gives_way(parent.pid)
         assert os.getsid(task) == os.getpgid(task) == task
-        assert autogroup(parent.pid)[1] == GENTLE_SESSION
+        assert autogroup(parent.pid)[1] == GENTLE
         assert autogroup(task)[1] == 0
         assert autogroup(task)[0] != autogroup(parent.pid)[0]
 
@@ -108,7 +108,7 @@ def test_what_went_first_gives_way_afterwards_also_with_its_memory_hidden() -> N
     with started(HIDDEN_TASK) as parent:
         before, after = (said(parent).split() for _ in range(2))
     assert before[0] == after[0]
-    assert (int(before[-1]), int(after[-1])) == (0, GENTLE_SESSION)
+    assert (int(before[-1]), int(after[-1])) == (0, GENTLE)
 
 
 @needs_autogroups
@@ -131,7 +131,7 @@ def test_what_leads_a_session_takes_it_along() -> None:
         assert said(process) == "here"
         give_way(process.pid)
         assert os.getpriority(os.PRIO_PROCESS, process.pid) >= GENTLE
-        assert autogroup(process.pid)[1] == GENTLE_SESSION
+        assert autogroup(process.pid)[1] == GENTLE
 
 
 @needs_autogroups
