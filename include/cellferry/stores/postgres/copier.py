@@ -245,12 +245,7 @@ class Copier:
                 work()
             reach(Phase.COPY_BATCH)
 
-        rows, size = 0, 0
-        for foreign_key, values in self._references.needed_by_all(table):
-            if values:
-                brought, volume = self._references.bring([(foreign_key, values)], in_transaction)
-                rows += brought
-                size += volume
+        rows, size = self._references.bring_for_all(table, in_transaction)
         with write(self._destination, self._move):
             new = replace(mark, rows=rows, bytes=size, done=True)
             checkpoints.write(self._destination, self._move.migration, new)

@@ -15,7 +15,7 @@ now if this organization alone uses it at the old cell; one that others use ther
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -98,6 +98,8 @@ class ReferencedRows:
         self._take_over = TakeOver(destination, scope, self._usage, self.carry)
         #: Rows of which it was looked what they point at in turn.
         self._followed_up: set[tuple[str, Key]] = set()
+        #: Values that were brought for the rows of some table, by what they refer to.
+        self._brought_for_all: defaultdict[tuple[object, ...], set[Key]] = defaultdict(set)
         self._has_left = False
 
     def foreign_keys(self, table: Table) -> tuple[ForeignKey, ...]:
@@ -109,6 +111,24 @@ class ReferencedRows:
         body = sql.SQL("WHERE {}").format(self._scope.owned(table))
         for foreign_key in self.foreign_keys(table):
             yield foreign_key, self._pointed_at(table, foreign_key, body)
+
+    def bring_for_all(
+        self, table: Table, batch: Callable[[Callable[[], None]], None]
+    ) -> tuple[int, int]:
+        """Bring what all rows of the organization in `table` need; see `bring`.
+
+        Tables refer to the same users and plans: a value is looked at once.
+        """
+        rows = volume = 0
+        for foreign_key, values in self.needed_by_all(table):
+            referred_to = (foreign_key.parent, foreign_key.parent_columns, foreign_key.optional)
+            brought = self._brought_for_all[referred_to]
+            if fresh := values - brought:
+                some, size = self.bring([(foreign_key, fresh)], batch)
+                brought |= fresh
+                rows += some
+                volume += size
+        return rows, volume
 
     def needed_by(self, table: Table, keys: Collection[Key]) -> Needs:
         """Return what the rows `keys` of `table` point at; the source is read.

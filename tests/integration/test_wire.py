@@ -1,0 +1,121 @@
+"""Rows leave a server as they are, however they arrive; whatever ends a COPY early is said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from cellferry.stores.postgres.schema import Column, Name, Placement, Table
+from cellferry.stores.postgres.wire import Inlet, Outlet, Wire
+
+#: More than the client keeps of what has arrived.
+MANY = 50_000
+
+TABLE = Table(
+    Name("public", "parcels"),
+    Placement.OWNED,
+    (Column("id", "bigint"), Column("content", "text")),
+    ("id",),
+)
+
+
+@pytest.fixture
+def connection(fresh_database: str) -> Iterator[psycopg.Connection[Any]]:
+    with psycopg.connect(fresh_database, autocommit=True) as connection:
+        connection.execute("CREATE TABLE public.parcels (id bigint PRIMARY KEY, content text)")
+        yield connection
+
+
+def fill(connection: psycopg.Connection[Any], rows: int) -> None:
+    connection.execute(
+        "INSERT INTO public.parcels SELECT g, CASE WHEN g %% 3 > 0 THEN repeat('x', g %% 400) END"
+        " FROM generate_series(1, %s) AS g",
+        (rows,),
+    )
+
+
+def body(content: str = "t.content") -> sql.Composed:
+    query = "FROM (SELECT t.id, {} AS content FROM public.parcels AS t ORDER BY t.id) AS t"
+    return sql.SQL(query).format(sql.SQL(content))  # type: ignore[arg-type]
+
+
+def arrived(
+    connection: psycopg.Connection[Any],
+    statement: sql.Composed,
+    wire: Wire,
+    after_100: Callable[[], object] = lambda: None,
+) -> int:
+    count = 0
+    with connection.cursor() as cursor, cursor.copy(statement) as stream:
+        for count, _ in enumerate(Outlet(wire, stream).rows, start=1):
+            if count == 100:
+                after_100()
+    return count
+
+
+@pytest.mark.parametrize("binary", [True, False])
+@pytest.mark.parametrize("rows", [0, 1, 2, MANY])
+def test_every_row_arrives_once(
+    connection: psycopg.Connection[Any], fresh_database: str, rows: int, binary: bool
+) -> None:
+    fill(connection, rows)
+    connection.execute("CREATE TABLE public.copied (LIKE public.parcels INCLUDING ALL)")
+    wire = Wire(TABLE, binary)
+    target = sql.Identifier("public", "copied")
+    with (
+        psycopg.connect(fresh_database, autocommit=True) as other,
+        connection.cursor() as cursor,
+        cursor.copy(wire.out(body())) as stream,
+        Inlet(other, wire, target) as inlet,
+    ):
+        inlet.fill(Outlet(wire, stream).rows)
+    assert inlet.rows == rows
+    differing = connection.execute(
+        "SELECT count(*) FROM public.parcels AS a FULL JOIN public.copied AS b USING (id)"
+        " WHERE a IS DISTINCT FROM b"
+    ).fetchone()
+    assert differing == (0,)
+
+
+@pytest.mark.parametrize("at", [1, 2, MANY // 2, MANY])
+@pytest.mark.parametrize("binary", [True, False])
+def test_a_server_that_fails_amid_its_rows_is_heard(
+    connection: psycopg.Connection[Any], at: int, binary: bool
+) -> None:
+    fill(connection, MANY)
+    wire = Wire(TABLE, binary)
+    with pytest.raises(psycopg.errors.DivisionByZero):
+        arrived(connection, wire.out(body(f"(1 / (t.id - {at}))::text")), wire)
+    # and nothing is left of that COPY: the session does the next
+    assert arrived(connection, wire.out(body()), wire) == MANY
+
+
+def test_a_session_that_is_ended_amid_its_rows_is_no_end_of_the_table(
+    connection: psycopg.Connection[Any], fresh_database: str
+) -> None:
+    fill(connection, MANY)
+    pid = connection.info.backend_pid
+    with psycopg.connect(fresh_database, autocommit=True) as other:
+
+        def end_it() -> None:
+            other.execute("SELECT pg_terminate_backend(%s)", (pid,))
+
+        with pytest.raises(psycopg.OperationalError):
+            arrived(connection, Wire(TABLE).out(body()), Wire(TABLE), end_it)
+
+
+def test_a_copy_that_is_given_up_leaves_a_session_for_the_next(
+    connection: psycopg.Connection[Any],
+) -> None:
+    fill(connection, MANY)
+
+    def give_up() -> None:
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        arrived(connection, Wire(TABLE).out(body()), Wire(TABLE), give_up)
+    assert arrived(connection, Wire(TABLE).out(body()), Wire(TABLE)) == MANY
