@@ -14,11 +14,13 @@ from typing import Any, Self
 import psycopg
 import pytest
 
-from cellferry.errors import DrainTimeout, VerificationFailed
+from cellferry.errors import DrainTimeout, TransientError, VerificationFailed
 from cellferry.model import Finished, Side, Strategy
 from cellferry.stores.base import StoreMove
 from cellferry.stores.postgres import rounds
+from cellferry.stores.postgres.references import ReferencedRows
 from fixtures.ferry import Ferry, make_ferry
+from fixtures.ferry_schema import ROWS, SCHEMA
 from fixtures.postgres import FreshDatabases, postgres_versions
 
 RETRY = {"CF002", "40001", "40P01", "55P03"}
@@ -333,3 +335,41 @@ def test_every_verb_up_to_the_flip_may_be_repeated(ferry: Ferry) -> None:
             move.release()
 
     assert ferry.content(Side.DESTINATION, 1) == ferry.content(Side.SOURCE, 1)
+
+
+def test_a_user_of_several_tables_is_looked_at_once_in_an_attempt(
+    fresh_databases: Callable[[], FreshDatabases], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch that fails leaves its values to the next attempt, and to the next foreign key."""
+    ferry = make_ferry(
+        fresh_databases(),
+        f"{SCHEMA}; CREATE TABLE reviews (id bigint PRIMARY KEY, organization_id bigint NOT NULL"
+        " REFERENCES organizations, reviewer bigint REFERENCES users, asker bigint"
+        " REFERENCES users);",
+        f"{ROWS}; INSERT INTO reviews SELECT row_number() OVER (), organization_id, user_id,"
+        " user_id FROM memberships;",
+    )
+    asked: list[tuple[str, Any]] = []
+    bring, fails = ReferencedRows.bring, [True]
+
+    def spied(self: ReferencedRows, needs: Any, batch: Any = None) -> tuple[int, int]:
+        if batch is not None:
+            ((foreign_key, values),) = needs
+            asked.extend((str(foreign_key.parent), value) for value in values)
+            if fails:
+                raise TransientError("a lock was not to be had", hint=f"try again {fails.pop()}")
+        return bring(self, needs, batch)
+
+    monkeypatch.setattr(ReferencedRows, "bring", spied)
+    with ferry.opened() as move:
+        move.open_capture()
+        with pytest.raises(TransientError, match="not to be had"):
+            move.copy()
+        first, asked[:] = set(asked), []
+        move.copy()
+        monkeypatch.undo()
+        move.sync()
+        assert move.verify().ok
+    assert first, "the organization refers to users"
+    assert first <= set(asked)
+    assert len(asked) == len(set(asked))

@@ -119,3 +119,33 @@ def test_a_copy_that_is_given_up_leaves_a_session_for_the_next(
     with pytest.raises(RuntimeError, match="enough"):
         arrived(connection, Wire(TABLE).out(body()), Wire(TABLE), give_up)
     assert arrived(connection, Wire(TABLE).out(body()), Wire(TABLE)) == MANY
+
+
+def test_what_a_server_says_amid_its_rows_is_no_row(connection: psycopg.Connection[Any]) -> None:
+    fill(connection, 500)
+    connection.execute(
+        "CREATE FUNCTION public.noted(text) RETURNS text LANGUAGE plpgsql AS"
+        " $$ BEGIN RAISE NOTICE '%', $1; RETURN repeat($1, 5000); END $$"
+    )
+    said: list[object] = []
+    connection.add_notice_handler(said.append)
+    statement = Wire(TABLE).out(body("public.noted('amid ' || t.id)"))
+    assert arrived(connection, statement, Wire(TABLE)) == 500
+    assert len(said) == 500
+
+
+def test_a_copy_whose_last_piece_is_not_sent_is_closed(
+    connection: psycopg.Connection[Any], fresh_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told to end just then, a task must be able to roll its session back."""
+
+    def interrupted(_tail: bytes = b"") -> None:
+        raise KeyboardInterrupt
+
+    with psycopg.connect(fresh_database) as other:
+        inlet = Inlet(other, Wire(TABLE))
+        with pytest.raises(KeyboardInterrupt), inlet:
+            monkeypatch.setattr(inlet, "_flush", interrupted)
+        assert not other.lock.locked()
+        other.rollback()
+        assert other.execute("SELECT count(*) FROM public.parcels").fetchone() == (0,)

@@ -98,8 +98,8 @@ class ReferencedRows:
         self._take_over = TakeOver(destination, scope, self._usage, self.carry)
         #: Rows of which it was looked what they point at in turn.
         self._followed_up: set[tuple[str, Key]] = set()
-        #: Values that were brought for the rows of some table, by what they refer to.
-        self._brought_for_all: defaultdict[tuple[object, ...], set[Key]] = defaultdict(set)
+        #: Values that were looked at for all rows of some table, by what they refer to.
+        self._looked_at_for_all: defaultdict[tuple[object, ...], set[Key]] = defaultdict(set)
         self._has_left = False
 
     def foreign_keys(self, table: Table) -> tuple[ForeignKey, ...]:
@@ -121,11 +121,10 @@ class ReferencedRows:
         """
         rows = volume = 0
         for foreign_key, values in self.needed_by_all(table):
-            referred_to = (foreign_key.parent, foreign_key.parent_columns, foreign_key.optional)
-            brought = self._brought_for_all[referred_to]
-            if fresh := values - brought:
+            looked_at = self._looked_at_for_all[foreign_key.parent, foreign_key.parent_columns]
+            if fresh := values - looked_at:
                 some, size = self.bring([(foreign_key, fresh)], batch)
-                brought |= fresh
+                looked_at |= fresh
                 rows += some
                 volume += size
         return rows, volume

@@ -199,6 +199,7 @@ def _binary_rows(stream: psycopg.Copy) -> Iterator[Buffer]:
     for result in stream.connection.wait(fetch_many(connection)):
         if result.status == ExecStatus.FATAL_ERROR:
             raise error_from_result(result)
+    raise psycopg.DataError("the COPY ended without its trailer")
 
 
 class Inlet:
@@ -211,7 +212,7 @@ class Inlet:
 
     Attributes:
         rows, bytes: how much was sent.
-        last: the row that was taken last, even if sending it failed.
+        last: the last row that was handed on, even if sending it failed.
     """
 
     def __init__(
@@ -276,7 +277,12 @@ class Inlet:
     ) -> None:
         try:
             if kind is None:
-                self._flush(BINARY_TRAILER if self._wire.binary else b"")
+                try:
+                    self._flush(BINARY_TRAILER if self._wire.binary else b"")
+                except BaseException:
+                    # or the COPY stays open, and whoever uses the session next waits for ever
+                    self._context.__exit__(*sys.exc_info())
+                    raise
             self._context.__exit__(kind, error, trace)
         finally:
             self._cursor.close()
