@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 SMALL = 10_000
 #: if the plan also says that its copy takes at most so many seconds.
 SMALL_COPY_S = 10.0
-#: A soak of at most so many seconds goes with the cutover: the next organization's waits meanwhile.
-SHORT_SOAK_S = 1.0
+#: A soak of at most so many seconds goes with the cutover: its task is one of a few at once.
+SHORT_SOAK_S = 2.0
 BEFORE_BARRIER = ("copy", "sync", "verify")
 AT_THE_END = ("wait_for_ttl", "cleanup")
 

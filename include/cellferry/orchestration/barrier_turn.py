@@ -1,7 +1,7 @@
 """One barrier at a time on a machine.
 
-Writers wait for a barrier, and two that share a processor make them wait for longer. Airflow lets
-one cutover task run at a time, and one roll-back; between the two they take turns here.
+Writers wait for a barrier, and two that share a processor make them wait for longer. Airflow lets a
+few tasks of cutovers and roll-backs run at a time; those of one machine take turns here.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ CLEAN_UP_STEPS = ("cleanup",)
 
 #: Tasks of one kind at once, over all runs: a cell's servers have other work to do, too.
 COPIES_AT_ONCE = 4
-#: One that starts beside another makes that one's writers wait for longer.
-CUTOVERS_AT_ONCE = 1
+#: Of these one at a time is at its barrier (`barrier_turn`); others start, or soak for a while.
+CUTOVERS_AT_ONCE = 4
 ROLL_BACKS_AT_ONCE = 1
 CLEAN_UPS_AT_ONCE = 2
 

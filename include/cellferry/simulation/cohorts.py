@@ -108,7 +108,7 @@ class AtOnce(_Strict):
     copy_: int | None = Field(default=4, ge=1, alias="copy")
     sync: int | None = Field(default=None, ge=1)
     verify: int | None = Field(default=4, ge=1)
-    cutover: int | None = Field(default=1, ge=1)
+    cutover: int | None = Field(default=4, ge=1)
     soak: int | None = Field(default=None, ge=1)
     cleanup: int | None = Field(default=2, ge=1)
 
@@ -136,7 +136,7 @@ class Machines(_Strict):
     """Cutovers at the barrier at once; those that wait for their turn hold up nobody else."""
     small: int = Field(default=10_000, ge=0)
     """Up to so many rows and keys, copy, sync and verify are done in the task of plan."""
-    short_soak_s: float = Field(default=1, ge=0)
+    short_soak_s: float = Field(default=2, ge=0)
     """A soak up to so long is done in the task of cutover."""
     wait_in_run_s: float = Field(default=3_600, ge=0)
     """With a longer TTL a run ends when its organizations are retained."""
