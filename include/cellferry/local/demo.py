@@ -59,7 +59,7 @@ class Wishes:
 
     organizations: int = 12
     rows: int = LARGE_ROWS
-    writes_per_s: int = 450
+    writes_per_s: int = 390
     keep: bool = False
 
     @classmethod
