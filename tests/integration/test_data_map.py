@@ -15,6 +15,7 @@ from rich.console import Console
 from cellferry.errors import InvalidInput, UnsupportedSchema
 from cellferry.stores.postgres.data_map import (
     _probe,
+    _with,
     discover,
     render_for_review,
     require_supported,
@@ -684,4 +685,5 @@ def test_a_server_that_ends_the_session_is_not_taken_for_a_wrong_path(
     with psycopg.connect(fresh_database, autocommit=True) as dying:
         database.execute("SELECT pg_terminate_backend(%s, 5000)", (dying.info.backend_pid,))
         with pytest.raises(psycopg.OperationalError):
-            _probe(dying, data_map)
+            _probe(dying, _with(data_map, fingerprint="not asked about before"))
+        assert _probe(dying, data_map) == [], "what was found right is not asked again"

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cellferry.stores.postgres.schema import (
+    KEPT_DEFINITIONS,
     Column,
     DataMap,
     Hop,
@@ -16,6 +17,7 @@ from cellferry.stores.postgres.schema import (
     OwnerPath,
     Placement,
     Table,
+    once_for_each_definition,
 )
 from cellferry.stores.postgres.triggers import (
     CAPTURE_TRIGGER,
@@ -161,3 +163,28 @@ def test_names_that_share_a_long_beginning_get_functions_of_their_own() -> None:
     assert function_name("gate", Name("public", long + "a")) != function_name(
         "gate", Name("public", long + "b")
     )
+
+
+def test_what_follows_from_the_definitions_is_made_once_for_each_fingerprint() -> None:
+    found = DataMap((ORGANIZATIONS, DIRECT), (), (), ORGANIZATIONS.name, "id", "bigint")
+    one, again = replace(found, fingerprint="a"), replace(found, fingerprint="a")
+    wider = replace(found, tables=(*found.tables, CHILD), fingerprint="b")
+
+    assert installations(one) is installations(again)
+    assert installations(found) is not installations(found)
+    assert len(installations(wider)) == 3
+
+
+def test_what_is_kept_of_definitions_is_bounded() -> None:
+    asked: list[str] = []
+
+    @once_for_each_definition
+    def name(data_map: DataMap) -> str:
+        asked.append(data_map.fingerprint)
+        return data_map.fingerprint
+
+    found = DataMap((ORGANIZATIONS,), (), (), ORGANIZATIONS.name, "id", "bigint")
+    names = [str(number) for number in range(KEPT_DEFINITIONS + 1)]
+    for one in (*names, names[-1], names[0]):
+        assert name(replace(found, fingerprint=one)) == one
+    assert asked == [*names, names[0]]

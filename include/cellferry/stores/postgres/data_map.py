@@ -28,6 +28,7 @@ from cellferry.stores.postgres.map_review import render_for_review, show
 from cellferry.stores.postgres.owner_paths import Graph, Link, Owners, Reference, find_owners
 from cellferry.stores.postgres.ownership import owned_by, owner_text
 from cellferry.stores.postgres.schema import (
+    KEPT_DEFINITIONS,
     Column,
     DataMap,
     ForeignKey,
@@ -47,6 +48,9 @@ __all__ = ["build", "discover", "render_for_review", "require_supported", "show"
 
 #: Collations that every server sorts alike.
 _BYTEWISE = frozenset({'pg_catalog."C"', 'pg_catalog."POSIX"'})
+
+#: Databases, roles and fingerprints of which `_probe` found every path right.
+_FOUND_RIGHT: set[tuple[str | int, ...]] = set()
 
 
 def discover(
@@ -533,7 +537,15 @@ def _are_valid(connection: psycopg.Connection[Any], queries: Sequence[sql.Compos
 
 
 def _probe(connection: psycopg.Connection[Any], data_map: DataMap) -> list[Refusal]:
-    """Let the server check the ownership of every table: types that do not compare, bad SQL."""
+    """Let the server check the ownership of every table: types that do not compare, bad SQL.
+
+    What this database has found right is not asked again by this process, for each step discovers
+    the map anew. A function or an operator that goes away later fails the statement that uses it.
+    """
+    info = connection.info
+    asked = (info.host, info.port, info.dbname, info.user, data_map.fingerprint)
+    if asked in _FOUND_RIGHT:
+        return []
     # no value is compared: LIMIT 0 plans the statement and ends
     queries = [
         sql.SQL("SELECT {} FROM {} AS t WHERE {} LIMIT 0").format(
@@ -542,6 +554,9 @@ def _probe(connection: psycopg.Connection[Any], data_map: DataMap) -> list[Refus
         for table in data_map.owned
     ]
     if _are_valid(connection, queries):
+        if len(_FOUND_RIGHT) >= KEPT_DEFINITIONS:
+            _FOUND_RIGHT.clear()
+        _FOUND_RIGHT.add(asked)
         return []
     refused: list[Refusal] = []
     for table, query in zip(data_map.owned, queries, strict=True):

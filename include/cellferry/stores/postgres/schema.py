@@ -5,12 +5,18 @@ Discovery (`data_map`) fills these in; the gate, the copier and the verifier onl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, wraps
+from typing import TypeVar
 
 from psycopg import sql
+
+T = TypeVar("T")
+
+#: Data maps of which `once_for_each_definition` keeps what was made.
+KEPT_DEFINITIONS = 16
 
 
 class Placement(StrEnum):
@@ -236,3 +242,26 @@ class DataMap:
             and key.parent in self.by_name
             and self.by_name[key.parent].placement is Placement.REFERENCED
         )
+
+
+def once_for_each_definition(make: Callable[[DataMap], T]) -> Callable[[DataMap], T]:
+    """Let `make` work once for all data maps with the same fingerprint.
+
+    Each step of a move discovers the map anew, and what follows from the definitions alone is the
+    same again. `make` must read nothing that changes without the fingerprint, such as counts.
+    """
+    kept: dict[str, T] = {}
+
+    @wraps(make)
+    def found(data_map: DataMap) -> T:
+        if not data_map.fingerprint:
+            return make(data_map)
+        known = kept.get(data_map.fingerprint)
+        if known is not None:
+            return known
+        if len(kept) >= KEPT_DEFINITIONS:
+            kept.clear()
+        made = kept[data_map.fingerprint] = make(data_map)
+        return made
+
+    return found

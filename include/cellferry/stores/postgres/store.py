@@ -63,6 +63,7 @@ from cellferry.stores.postgres import (
     rounds,
     sequences,
     sessions,
+    statistics,
     timeline,
 )
 from cellferry.stores.postgres import inventory as stock
@@ -119,7 +120,6 @@ class PostgresStore(Store):
 
     def __init__(self, data_map_file: Path | None = None) -> None:
         self._file = data_map_file
-        self._maps: dict[str, DataMap] = {}
 
     @cached_property
     def completion(self) -> data_map_file.DataMapFile | None:
@@ -657,12 +657,14 @@ class PostgresMove(StoreMove):
                 raise Blocked(blocker.reason, hint=blocker.remedy, where=blocker.where)
 
     def _analyze(self) -> None:
-        """Give the destination's planner statistics of the moved rows."""
+        """Give the destination's planner statistics of the moved rows, where these weigh."""
         admin_url = _endpoint(self.move.destination).admin_url
-        if admin_url is None:
+        planned = self.move.planned.get(KIND, {})
+        tables = statistics.outdated(self._destination, self._scope.tables, planned)
+        if admin_url is None or not tables:
             return
         with _closing(admin_url, "analyze", self.move) as connection:
-            for table in self._scope.tables:
+            for table in tables:
                 self._progress.check()
                 connection.execute(sql.SQL("ANALYZE {}").format(table.name.identifier))
 

@@ -20,7 +20,14 @@ from psycopg import sql
 
 from cellferry.stores.postgres.ownership import owner_text
 from cellferry.stores.postgres.row_keys import key_array
-from cellferry.stores.postgres.schema import Column, DataMap, Name, Placement, Table
+from cellferry.stores.postgres.schema import (
+    Column,
+    DataMap,
+    Name,
+    Placement,
+    Table,
+    once_for_each_definition,
+)
 
 GATE_TRIGGER = "zz_cellferry_gate"
 """On owned tables. Named to fire last: other triggers may still change the row's key."""
@@ -89,6 +96,7 @@ def drop_trigger(trigger: str, table: Name) -> sql.Composed:
     )
 
 
+@once_for_each_definition
 def installations(data_map: DataMap) -> tuple[Installation, ...]:
     """Return what every owned and referenced table of `data_map` gets."""
     parents = {hop.parent for table in data_map.owned for path in table.owners for hop in path.hops}
