@@ -35,6 +35,8 @@ PER_SECOND = 40
 """Transactions each second at each cell: well below what the two cores can do."""
 SESSIONS = 4
 IDLE_S = 6.0
+#: Before anything counts.
+WARM_UP_S = 2.0
 COPY_S = 12.0
 AROUND_CUTOVER_S = 1.0
 FIXED_ROWS_PER_S = 5_000
@@ -99,7 +101,7 @@ class Neighbours:
 def _serve(url: str, organizations: list[int], per_second: int, pipe: Connection) -> None:
     felt: list[Felt] = []
     lock = threading.Lock()
-    began = time.monotonic() + 0.5
+    begins = threading.Barrier(SESSIONS + 1)
 
     def work(number: int) -> None:
         chance = random.Random(number)
@@ -114,7 +116,10 @@ def _serve(url: str, organizations: list[int], per_second: int, pipe: Connection
                 for one in organizations
             }
             connection.commit()
-            turn = number
+            for one in organizations:  # plans and pages: nobody's first transaction is in the count
+                _transaction(connection, one, chance.choice(issues[one]))
+            begins.wait()
+            turn, began = number, time.monotonic()
             while True:
                 due = began + turn / per_second
                 turn += SESSIONS
@@ -127,6 +132,7 @@ def _serve(url: str, organizations: list[int], per_second: int, pipe: Connection
 
     for number in range(SESSIONS):
         threading.Thread(target=work, args=[number], daemon=True).start()
+    begins.wait()
     pipe.send("ready")
     while True:
         pipe.recv()
@@ -267,8 +273,9 @@ def _copying(
     if name == CLOSE:
         options = {"latency_target_ms": LIMIT * found.idle_probe_s() * 1000}
     migration = cells.plan(**options)
+    os.sync()  # nobody's commit waits for what was filled in before
     with neighbours(cells) as working:
-        time.sleep(1.5)  # caches and prepared statements
+        time.sleep(WARM_UP_S)
         _discard(working)
         began = time.monotonic()
         time.sleep(idle_s)
@@ -328,7 +335,7 @@ def _cutting_over(bench: Bench, cells: BenchCells, found: Found, idle_s: float) 
     for step in ("copy", "sync", "verify"):
         cells.run(step, migration)
     with neighbours(cells) as working:
-        time.sleep(1.5)
+        time.sleep(WARM_UP_S)
         with moving(cells, "cutover", migration) as (process, pipe):
             if not pipe.poll(120):
                 raise RuntimeError("the cutover did not end")
