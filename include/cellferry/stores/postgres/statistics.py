@@ -28,17 +28,15 @@ _TABLES = """
         WHERE relkind = 'p' AND isleaf
     ), held AS (
         SELECT number, sum(greatest(c.reltuples, 0)) AS rows,
-               sum(pg_stat_get_mod_since_analyze(part)) AS changed,
-               bool_or(pg_stat_get_last_analyze_time(part) IS NOT NULL
-                       OR pg_stat_get_last_autoanalyze_time(part) IS NOT NULL) AS counted
+               sum(pg_stat_get_mod_since_analyze(part)) AS changed
         FROM parts JOIN pg_class AS c ON c.oid = part GROUP BY number
     )
     SELECT wanted.number
     FROM wanted JOIN held USING (number)
     WHERE wanted.reltuples < 0
-       OR CASE WHEN counted THEN changed ELSE greatest(changed, planned) END
-          -- a partitioned table is not counted itself: its parts may have been looked at since
-          + CASE WHEN relkind = 'p' THEN abs(rows - wanted.reltuples) ELSE 0 END
+       -- a partitioned table is not counted itself: its parts may have been looked at since
+       OR greatest(planned, changed
+                   + CASE WHEN relkind = 'p' THEN abs(rows - wanted.reltuples) ELSE 0 END)
         > coalesce((SELECT option_value::float8 FROM pg_options_to_table(reloptions)
                     WHERE option_name = 'autovacuum_analyze_threshold'),
                    current_setting('autovacuum_analyze_threshold')::float8)
@@ -53,11 +51,11 @@ _TABLES = """
 def outdated(
     connection: psycopg.Connection[Any], tables: Sequence[Table], planned: Mapping[str, int]
 ) -> list[Table]:
-    """Return those of `tables` that have never been analyzed, or have changed a lot since.
+    """Return those of `tables` that nobody has looked at, or that have changed a lot since.
 
     Args:
-        planned: rows that a move brings into each, by name. They count where the server does not
-            know how many have changed: it forgets that when it crashes.
+        planned: rows that a move brings into each, by name. A server forgets how many have changed
+            when it crashes, and one that was a standby has never known.
     """
     names = [table.name.identifier.as_string(connection) for table in tables]
     rows = [planned.get(str(table.name), 0) for table in tables]

@@ -659,9 +659,11 @@ class PostgresMove(StoreMove):
     def _analyze(self) -> None:
         """Give the destination's planner statistics of the moved rows, where these weigh."""
         admin_url = _endpoint(self.move.destination).admin_url
+        if admin_url is None:
+            return
         planned = self.move.planned.get(KIND, {})
         tables = statistics.outdated(self._destination, self._scope.tables, planned)
-        if admin_url is None or not tables:
+        if not tables:
             return
         with _closing(admin_url, "analyze", self.move) as connection:
             for table in tables:
