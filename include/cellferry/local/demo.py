@@ -59,7 +59,7 @@ class Wishes:
 
     organizations: int = 12
     rows: int = LARGE_ROWS
-    writes_per_s: int = 390
+    writes_per_s: int = 370
     keep: bool = False
 
     @classmethod
