@@ -99,3 +99,35 @@ def test_only_of_rows_that_refer_to_the_key_it_is_asked_whose_they_are(
 
     assert row is not None
     assert row[0] < 100
+
+
+def test_a_key_of_columns_with_several_collations_is_told_from_another(
+    fresh_databases: Callable[[], FreshDatabases],
+) -> None:
+    """No collation but bytes tells keys apart: columns may disagree, or take two for equal."""
+    urls = fresh_databases()
+    with (
+        psycopg.connect(urls.destination, autocommit=True) as cell,
+        psycopg.connect(urls.source, autocommit=True) as elsewhere,
+    ):
+        cell.execute(
+            "CREATE TABLE organizations (id bigint PRIMARY KEY);"
+            "CREATE TABLE projects (id bigint PRIMARY KEY, organization_id bigint NOT NULL"
+            " REFERENCES organizations);"
+            'CREATE TABLE places (region text COLLATE "C", code text COLLATE "POSIX",'
+            " PRIMARY KEY (region, code));"
+            "CREATE TABLE visits (id bigint PRIMARY KEY, project_id bigint NOT NULL"
+            ' REFERENCES projects, region text COLLATE "C", code text COLLATE "POSIX",'
+            " FOREIGN KEY (region, code) REFERENCES places);"
+            "INSERT INTO organizations VALUES (1), (2);"
+            "INSERT INTO projects VALUES (1, 1), (2, 2);"
+            "INSERT INTO places VALUES ('eu', 'A'), ('eu', 'a'), ('eu', 'b');"
+            "INSERT INTO visits VALUES (1, 2, 'eu', 'A'), (2, 2, 'eu', 'a'), (3, 1, 'eu', 'b')"
+        )
+        scope = Scope(data_map.discover(cell), "1")
+        (places,) = (table for table in scope.data_map.tables if table.name.name == "places")
+        keys = {("eu", "A"), ("eu", "a"), ("eu", "b")}
+
+        found = Usage(cell, elsewhere, scope).by_others(places, keys)
+
+    assert found == {("eu", "A"), ("eu", "a")}

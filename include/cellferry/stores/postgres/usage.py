@@ -272,8 +272,9 @@ class Usage:
                 others,
             )
         else:
-            # the child is read once for all keys
-            statement = sql.SQL("SELECT DISTINCT f.key FROM ({}) AS f WHERE {}").format(
+            # The child is read once for all keys. Those that a column's collation takes for equal
+            # are different keys.
+            statement = sql.SQL('SELECT DISTINCT f.key COLLATE "C" FROM ({}) AS f WHERE {}').format(
                 _users(parent, keys, child, foreign_key), others
             )
         return {tuple(key) for (key,) in self._cell.execute(statement, prepare=False)}
