@@ -37,13 +37,13 @@ def connection(fresh_database: str) -> Iterator[psycopg.Connection[Any]]:
         )
         for name in ("plain", '"Parted"'):
             add(connection, name, 1, ROWS)
-            connection.execute(f"ANALYZE {name}")  # type: ignore[arg-type]
+            connection.execute(f"ANALYZE {name}".encode())
         yield connection
 
 
 def add(connection: psycopg.Connection[Any], name: str, first: int, count: int) -> None:
     connection.execute(
-        f"INSERT INTO {name} SELECT generate_series(%s::bigint, %s)",  # type: ignore[arg-type]
+        f"INSERT INTO {name} SELECT generate_series(%s::bigint, %s)".encode(),
         (first, first + count - 1),
     )
     connection.execute("SELECT pg_stat_force_next_flush()")

@@ -226,18 +226,10 @@ class Usage:
             counts = sql.SQL("({} = ANY({}::text[])) IS NOT TRUE").format(
                 owner_text(child, "c"), text_array(idle)
             )
-        statement = sql.SQL(
-            "SELECT {} FROM {} AS p JOIN {} ON {} WHERE EXISTS"
-            " (SELECT 1 FROM {} AS c WHERE {} AND {})"
-        ).format(
-            key_array(parent, "p"),
-            parent.name.identifier,
-            keys_relation(parent, keys),
-            keys_match(parent, "p"),
-            child.name.identifier,
-            tie(foreign_key),
-            counts,
+        users = sql.SQL("SELECT FROM {} AS c WHERE {} AND {}").format(
+            child.name.identifier, tie(foreign_key), counts
         )
+        statement = _having(parent, keys, users)
         return {tuple(key) for (key,) in self._cell.execute(statement, prepare=False)}
 
     def _used_through_parents(
@@ -258,19 +250,10 @@ class Usage:
         others = sql.SQL("f.owner <> ALL({}::text[])").format(text_array(idle))
         if self._finds(child, foreign_key):
             # by the index, and of each key only until one is another's
-            statement = sql.SQL(
-                "SELECT {} FROM {} AS p JOIN {} ON {} WHERE EXISTS (SELECT FROM"
-                " (SELECT {} AS owner FROM {} AS c WHERE {} OFFSET 0) AS f WHERE {})"
-            ).format(
-                key_array(parent, "p"),
-                parent.name.identifier,
-                keys_relation(parent, keys),
-                keys_match(parent, "p"),
-                owner_text(child, "c"),
-                child.name.identifier,
-                tie(foreign_key),
-                others,
-            )
+            users = sql.SQL(
+                "SELECT FROM (SELECT {} AS owner FROM {} AS c WHERE {} OFFSET 0) AS f WHERE {}"
+            ).format(owner_text(child, "c"), child.name.identifier, tie(foreign_key), others)
+            statement = _having(parent, keys, users)
         else:
             # The child is read once for all keys. Those that a column's collation takes for equal
             # are different keys.
@@ -298,9 +281,9 @@ class Usage:
         self, parent: Table, keys: Collection[Key], child: Table, foreign_key: ForeignKey
     ) -> set[Key]:
         """Return those of `keys` that rows use of which it cannot be told here whose they are."""
-        statement = sql.SQL(
-            "SELECT f.key, f.user_key FROM ({}) AS f WHERE f.owner IS NULL LIMIT {}"
-        ).format(_users(parent, keys, child, foreign_key), sql.Literal(MOST_UNOWNED + 1))
+        statement = sql.SQL("SELECT f.* FROM ({}) AS f WHERE f.owner IS NULL LIMIT {}").format(
+            _users(parent, keys, child, foreign_key), sql.Literal(MOST_UNOWNED + 1)
+        )
         unowned = self._pairs(statement) if keys else []
         if len(unowned) > MOST_UNOWNED:
             return set(keys)
@@ -324,29 +307,37 @@ class Usage:
 
     def _pairs(self, statement: sql.Composed) -> list[tuple[Key, Key]]:
         found = self._cell.execute(statement, prepare=False)
-        return [(tuple(key), tuple(user)) for key, user, *_ in found]
+        return [(tuple(key), tuple(user)) for key, user, _owner in found]
+
+
+def _asked(parent: Table, keys: Collection[Key]) -> sql.Composed:
+    """Return what follows FROM: the rows `p` of some keys."""
+    return sql.SQL("{} AS p JOIN {} ON {}").format(
+        parent.name.identifier, keys_relation(parent, keys), keys_match(parent, "p")
+    )
+
+
+def _having(parent: Table, keys: Collection[Key], users: sql.Composed) -> sql.Composed:
+    """Return the query for those of `keys` for whose row `p` the query `users` finds anything."""
+    return sql.SQL("SELECT {} FROM {} WHERE EXISTS ({})").format(
+        key_array(parent, "p"), _asked(parent, keys), users
+    )
 
 
 def _users(
     parent: Table, keys: Collection[Key], child: Table, foreign_key: ForeignKey
 ) -> sql.Composed:
-    """Return the query for who refers to `keys`: `key`, `user_key` and, of owned ones, `owner`.
+    """Return the query for who refers to `keys`: `key`, `user_key` and `owner`, if they have one.
 
     Whose a row is is asked only of those that refer to one of `keys`.
     """
-    owner = [owner_text(child, "c")] if child.owners else []
-    return sql.SQL("SELECT {} FROM {} AS p JOIN {} ON {} JOIN {} AS c ON {} OFFSET 0").format(
-        sql.SQL(", ").join(
-            sql.SQL("{} AS {}").format(value, sql.Identifier(name))
-            for name, value in zip(
-                ("key", "user_key", "owner"),
-                (key_array(parent, "p"), key_array(child, "c"), *owner),
-                strict=False,
-            )
-        ),
-        parent.name.identifier,
-        keys_relation(parent, keys),
-        keys_match(parent, "p"),
+    return sql.SQL(
+        "SELECT {} AS key, {} AS user_key, {} AS owner FROM {} JOIN {} AS c ON {} OFFSET 0"
+    ).format(
+        key_array(parent, "p"),
+        key_array(child, "c"),
+        owner_text(child, "c") if child.owners else sql.NULL,
+        _asked(parent, keys),
         child.name.identifier,
         tie(foreign_key),
     )
