@@ -6,9 +6,10 @@ writing at its old cell until the cutover, whose write pause is bounded by the p
 lanes are independent: one may fail while the others go on. The last task, `report`, prints a
 table, and fails when an organization failed.
 
-A small organization's steps run in fewer tasks: `plan` also copies and verifies it, `cutover` also
-does a soak of up to a second, and the tasks of the steps that are done are shown as skipped. What
-cannot be done ahead is left to its own task.
+Short steps run in fewer tasks: `plan` also copies and verifies a small organization (up to 10,000
+rows and keys), `cutover` also does a soak of up to two seconds, and a small organization's clean-up
+that is due. The tasks of the steps that are done are shown as skipped. What cannot be done ahead is
+left to its own task.
 
 **Dry run is the default.** Then only `plan` runs: it says what would move, how much, how long,
 how long the write pause, and what blocks it, and changes nothing.

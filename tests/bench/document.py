@@ -48,7 +48,7 @@ def circumstances(
         "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(began)),
         "took_s": round(time.time() - began),
         "machine": f"{os.cpu_count()} cores ({_processor()}), {memory:.0f} GiB",
-        "system": platform.platform(terse=True),
+        "system": platform.system(),
         "python": platform.python_version(),
         "postgresql": str(postgres_binaries.major_version(postgres_binaries.wheel_bin_dir())),
         "load_before": round(load_before, 2),

@@ -398,7 +398,7 @@ def run(bench: Bench) -> Section:
             (
                 f"The {waiting:,} organizations wait as the product lets them: in {waiting_runs}"
                 " clean-up runs whose time is in the future. Airflow filters those in SQL, and no"
-                " task of theirs is there before. Only a TTL of a minute or less is waited for by"
+                " task of theirs is there before. Only a TTL of an hour or less is waited for by"
                 " a deferred task."
             ),
             (

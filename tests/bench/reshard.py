@@ -1,4 +1,4 @@
-"""How fast keys move between shards, when a fourth is added to three by the runbook's ring."""
+"""How fast keys move between shards, when a fourth is added to three by the ring's rule."""
 
 from __future__ import annotations
 
@@ -340,7 +340,7 @@ def run(bench: Bench) -> Section:
         remarks += _throttled(bench, shards)
     return Section(
         "Re-sharding",
-        f"""A fourth shard is added to three, placed by the runbook's ring
+        f"""A fourth shard is added to three, placed by the ring
         (decision 0005); keys of 38 bytes with a token and an expiry. Valkeys with append-only
         files, {bench.size(KEYS["redis"], 3000):,} keys, and PostgreSQL tables,
         {bench.size(KEYS["postgres"], 3000):,}. Plan, sweep and verification look at every key;

@@ -111,6 +111,15 @@ def test_every_named_volume_is_declared_and_every_path_exists(compose: dict[str,
                 assert source in compose["volumes"], source
 
 
+def test_what_the_api_server_writes_is_on_a_volume_that_can_be_written(
+    compose: dict[str, Any],
+) -> None:
+    server = compose["services"]["airflow-apiserver"]
+    file = server["environment"]["AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE"]
+    writable = [one.partition(":")[2] for one in server["volumes"] if not one.endswith(":ro")]
+    assert any(Path(file).is_relative_to(path) for path in writable), file
+
+
 def test_every_airflow_command_exists(ours: dict[str, dict[str, Any]]) -> None:
     from airflow.cli.cli_parser import airflow_commands
 

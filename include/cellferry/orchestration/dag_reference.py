@@ -132,7 +132,7 @@ def _default(param: Any) -> str:
     if not param.has_value:
         return "empty" if "null" in param.schema.get("type", "") else "required"
     if param.value == []:
-        return "required"
+        return "required" if param.schema.get("minItems") else "empty"
     return f"`{str(param.value).lower() if isinstance(param.value, bool) else param.value}`"
 
 
@@ -146,9 +146,10 @@ def _bounds(param: Any) -> str:
             ("exclusiveMinimum", "over {:,}"),
             ("minimum", "from {:,}"),
             ("maximum", "to {:,}"),
+            ("minLength", "at least {:,} characters"),
             ("maxLength", "at most {:,} characters"),
         )
-        if name in schema
+        if name in schema and (name, schema[name]) != ("minLength", 1)
     ]
     if schema.get("uniqueItems"):
         texts.append("no duplicates")

@@ -7,7 +7,7 @@
     routes = RouteClient("postgresql://app@topology/topology", application="web")
 
     def add_issue(route):
-        with transaction(pools[route.cell].connection(), route) as connection:
+        with pools[route.cell].connection() as connection, transaction(connection, route):
             connection.execute("INSERT INTO issues …")
 
     routes.run(organization_id, add_issue)

@@ -297,7 +297,7 @@ def _write(path: Path, document: Any) -> None:
     type=DURATION,
     default=14 * 86_400.0,
     show_default="14d",
-    help="How long the old owners keep their copies after the cutover.",
+    help="How long the old owners keep their copies after the watch.",
 )
 @_json_option
 @click.pass_obj
@@ -468,7 +468,7 @@ def abort(site: _Site, set_name: str, reason: str, as_json: bool) -> None:
 
 @reshard.command(short_help="Remove the old copies once their TTL is over; ends it.")
 @_set_argument
-@click.option("--wait-ttl", type=DURATION, help="Wait until so long after the cutover, as 14d.")
+@click.option("--wait-ttl", type=DURATION, help="Wait until so long after the watch, as 14d.")
 @click.option("--batch-size", type=click.IntRange(1, 100_000), default=1000, show_default=True)
 @click.option(
     "--throttle", type=click.FloatRange(min=1), metavar="N", help="Keys a second, of each source."

@@ -28,7 +28,7 @@ from cellferry.errors import InvalidInput
 @click.option(
     "--write",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Write the requirements' cohorts here, to change; simulate nothing.",
+    help="Write cohorts here, to change; simulate nothing.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
 def simulate(
@@ -43,7 +43,7 @@ def simulate(
 ) -> None:
     """Say how long cohorts of organizations would take, and what would hold them up.
 
-    FILE names cohorts, cells and machines; without it, the cohorts of the requirements. Nothing is
+    FILE names cohorts, cells and machines; without it, those that come with it. Nothing is
     touched: no cell, no topology, no Airflow. The same input gives the same answer.
     """
     from cellferry.simulation import cohorts, rates, report, simulator
