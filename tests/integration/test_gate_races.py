@@ -44,6 +44,28 @@ def test_a_caller_with_an_older_snapshot_is_not_told_that_it_has_authority(
             reader.execute("SELECT cellferry.assert_authority('1', 1)")
 
 
+@postgres_versions
+@pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
+def test_a_caller_that_only_reads_may_ask_while_the_gate_is_armed(
+    fresh_databases: Callable[[], FreshDatabases], level: str
+) -> None:
+    ferry = make_ferry(fresh_databases())
+    begin = f"BEGIN ISOLATION LEVEL {level} READ ONLY".encode()
+    with ferry.opened() as move, ferry.session(Side.SOURCE) as reader:
+        move.open_capture()
+        reader.execute(begin)
+        reader.execute("SELECT cellferry.assert_authority('1', 1)")
+        assert reader.execute("SELECT count(*) FROM projects").fetchone() != (0,)
+        reader.execute("COMMIT")
+
+        move.freeze(60.0)
+        move.release()
+        reader.execute(begin)
+        with pytest.raises(psycopg.Error) as refused:
+            reader.execute("SELECT cellferry.assert_authority('1', 1)")
+        assert refused.value.sqlstate == "CF002"
+
+
 def test_a_writer_with_an_older_snapshot_does_not_pass_when_an_attempt_came_between(
     ferry: Ferry,
 ) -> None:

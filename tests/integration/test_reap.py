@@ -437,6 +437,61 @@ def test_a_dead_source_does_not_keep_the_destination_closed_after_the_flip(
     assert refusal(cells, "cell-1") == HAS_MOVED
 
 
+def restarted_since_the_last_delta(cells: TwoCells, migration: int) -> None:
+    """Let the new cell's Valkey be another process than the one that the cutover wrote to."""
+    with psycopg.connect(cells.connections["cellferry-topology"], autocommit=True) as connection:
+        changed = connection.execute(
+            "UPDATE topology.migration SET facts = jsonb_set(facts, %(path)s, '\"another\"')"
+            " WHERE id = %(id)s AND facts #> %(path)s IS NOT NULL",
+            {
+                "id": migration,
+                "path": ["finished", "redis", "evidence", "destination_run_id"],
+            },
+        )
+        assert changed.rowcount == 1
+
+
+def test_a_destination_that_restarted_is_not_opened_alone(
+    cells: TwoCells, acme: Organization
+) -> None:
+    migration = ready(cells, acme, ttl_s=3_600)
+    dies(running(cells, "cutover", migration), Phase.FLIPPED)
+    restarted_since_the_last_delta(cells, migration)
+
+    with unreachable(cells, "cell-1"):
+        done = reaped(cells)
+        assert refusal(cells, "cell-2") is not None, "only cell-1 has what it may have lost"
+    assert any("it was restarted" in one.remedy for one in done.failed)
+
+    assert reaped(cells).failed == []
+    assert refusal(cells, "cell-2") is None
+
+
+def test_what_was_written_at_the_new_cell_outlives_the_loss_of_its_marker(
+    cells: TwoCells, acme: Organization
+) -> None:
+    """A killed Valkey has the rules of its users, and not the last second of its keys."""
+    migration = ready(cells, acme, ttl_s=3_600)
+    with cells.redis("cell-2") as client:
+        importing = client.get("cellferry:gate:{7}")
+    with cells.context() as context:
+        steps.cutover(context, migration)
+        steps.soak(context, migration)
+    restarted_since_the_last_delta(cells, migration)
+    with cells.redis("cell-2") as client:
+        client.set("cellferry:gate:{7}", importing)
+    with cells.organization_redis("cell-2", "7") as client:
+        client.set("org:{7}:later", "acknowledged")
+
+    done = reaped(cells)
+
+    assert (done.failed, done.attention) == ([], [])
+    with cells.organization_redis("cell-2", "7") as client:
+        assert client.get("org:{7}:later") == "acknowledged"
+        assert json.loads(client.get("cellferry:gate:{7}"))["state"] == "open"
+    assert_settled(cells)
+
+
 def test_a_cell_is_not_opened_alone_for_another_controller(
     cells: TwoCells, acme: Organization, monkeypatch: pytest.MonkeyPatch
 ) -> None:

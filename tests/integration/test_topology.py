@@ -680,6 +680,18 @@ def test_a_return_cancels_the_older_clean_up(bench: Bench) -> None:
     assert bench.topology.audit(there.id)[-1].action == "superseded"
 
 
+def test_no_return_begins_while_the_old_copy_is_being_deleted(bench: Bench) -> None:
+    there, attempt = bench.retained("1", "cell-2")
+    bench.topology.transition(there.id, attempt, State.RETAINED, State.CLEANING, ACTOR)
+
+    with pytest.raises(WrongState, match=rf"clean-up of migration {there.id} in cell-1 has begun"):
+        bench.planned("1", "cell-1")
+
+    assert bench.topology.superseded_by(there.id) is None
+    bench.topology.may_clean(there.id)
+    bench.planned("1", "cell-3")
+
+
 def test_the_database_too_refuses_to_clean_what_came_back(bench: Bench) -> None:
     there, _ = bench.retained("1", "cell-2")
     bench.retained("1", "cell-1")

@@ -102,10 +102,17 @@ def machine(topology: Topology, url: str) -> type[RuleBasedStateMachine]:
                 one.organization == organization and one.state in LIVE_STATES
                 for one in self.world.migrations.values()
             )
+            is_cleaned = any(
+                (one.organization, one.state, one.source)
+                == (organization, State.CLEANING, destination)
+                for one in self.world.migrations.values()
+            )
             if live:
                 self.refused(WrongState, call)
             elif route.cell == destination:
                 self.refused(InvalidInput, call)
+            elif is_cleaned:
+                self.refused(WrongState, call)
             else:
                 id_ = call()
                 self.world.migrations[id_] = Moving(

@@ -323,6 +323,7 @@ def _catch_up(at: Attempt) -> None:
     if at.move.strategy is Strategy.FREEZE_FIRST:
         for store in at.stores.values():
             store.open_capture()
+            store.catch_up()
         return
     for store in at.stores.values():
         store.catch_up()

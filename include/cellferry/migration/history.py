@@ -15,6 +15,7 @@ repair would delete it there. So a loss there halts the migration, and only a pe
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, NoReturn
@@ -24,6 +25,8 @@ from cellferry.migration.context import Attempt
 from cellferry.migration.halts import automatic
 from cellferry.migration.result import plain
 from cellferry.model import Landmark, Side, State
+
+log = logging.getLogger(__name__)
 
 #: Facts of a migration: why the log is not complete, and where the servers stood.
 LOST = "capture_lost"
@@ -127,6 +130,9 @@ def restore(at: Attempt) -> None:
         evidence = (finished.get(kind) or {}).get("evidence") or {}
         if not (where in reasons or where in known_lost or store.has_restarted(evidence)):
             continue
+        if store.was_opened():
+            log.warning("%s was opened already; its gate was set back by a restart", where)
+            continue  # as below
         try:
             repaired = store.repair()
             store.finish()

@@ -466,13 +466,18 @@ class _Run:
             with contextlib.suppress(Unreachable):
                 self._reconcile(kind, move, Side.SOURCE, GateState.MOVED)
         marks = migration.facts.get(history.LANDMARKS) or {}
+        finished = migration.facts.get("finished_back" if back else "finished") or {}
         resources = self._topology.resources(migration.id)
         progress = StepProgress(self._context, migration.organization.slug, 0, 0)
         for kind, store in self._context.stores.items():
             earlier = marks.get(kind, {}).get(move.destination.name)
             with store.open(move, resources, progress) as opened:
                 now = opened.landmark(Side.DESTINATION)
+                evidence = (finished.get(kind) or {}).get("evidence") or {}
+                restarted = opened.has_restarted(evidence) and not opened.was_opened()
             lost = now.break_since(Landmark(**earlier)) if now and earlier else None
+            if restarted:
+                lost = lost or "it was restarted since the last changes were applied there"
             if lost is not None:
                 error.hint = (
                     f"{move.destination.name}/{kind} may have lost commits ({lost}), and only"

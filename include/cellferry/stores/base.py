@@ -265,7 +265,8 @@ class StoreMove(ABC):
         """Get ready for a short freeze: everything that need not happen under the gate.
 
         Connects, warms up, re-establishes a capture that lives in a connection (redis: a complete
-        compare-and-repair pass), runs one round. Its result predicts the pause.
+        compare-and-repair pass), runs one round. Its result predicts the pause. With
+        `Strategy.FREEZE_FIRST` there is no round: `finish` copies, and compares everything.
         """
 
     @abstractmethod
@@ -322,6 +323,13 @@ class StoreMove(ABC):
             TransientError: it did not answer in time.
         """
         raise NotImplementedError(f"{question.name} was not checked for {side}")
+
+    def was_opened(self) -> bool:
+        """After the flip: whether writers were let in at the destination, whatever its gate says.
+
+        For a gate that a crash may set back without what writers did since. False when in doubt.
+        """
+        return False
 
     def is_gone(self, resource: Resource) -> bool:  # noqa: ARG002 - for what a restart takes away
         """Whether something that was recorded for this migration is surely not in its cell.

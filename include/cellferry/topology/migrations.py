@@ -906,11 +906,18 @@ def _create(
     retained = connection.execute(
         """
         UPDATE topology.migration SET superseded_by = %s, updated_at = now()
-        WHERE organization = %s AND state IN ('retained', 'cleaning') AND id <> %s RETURNING id
+        WHERE organization = %s AND state IN ('retained', 'cleaning') AND id <> %s
+        RETURNING id, state, source
         """,
         [migration_id, org.id, migration_id],
     ).fetchall()
-    for (earlier,) in retained:
+    for earlier, state, left in retained:
+        if (state, left) == (State.CLEANING, destination):
+            raise WrongState(
+                f"the clean-up of migration {earlier} in {destination} has begun and not ended",
+                organization=org.slug,
+                hint=f"end it first: cellferry cleanup {org.slug}; then plan again",
+            )
         audit.write(
             connection,
             "superseded",

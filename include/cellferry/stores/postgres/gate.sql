@@ -202,10 +202,10 @@ BEGIN
         -- the state has changed since, because the state is part of a key.
         IF current_setting('transaction_isolation') IN ('read committed', 'read uncommitted') THEN
             SELECT * INTO gate FROM cellferry.gate WHERE organization = p_organization;
-        ELSE
+        ELSIF current_setting('transaction_read_only') = 'off' THEN
             SELECT * INTO gate FROM cellferry.gate WHERE organization = p_organization
                 FOR KEY SHARE;
-        END IF;
+        END IF; -- one that only reads may not lock rows, and is as old as its snapshot anyway
         IF NOT FOUND THEN
             RETURN NULL;
         END IF;

@@ -573,13 +573,18 @@ class PostgresMove(StoreMove):
         """Do what need not happen under the gate: connect, warm up, statistics, one round."""
         with self._errors():
             self._insist_on_equal_schemas()
+            freeze_first = self.move.strategy is Strategy.FREEZE_FIRST
+            if freeze_first:
+                # What an attempt before this one copied is compared under the gate.
+                self._note_layouts(self._read_layouts())
             self._layouts = layout.noted(self._destination, self.move.migration)
             self._insist_on_layouts()
             behind = sequences.positions(self._destination, self._scope)
             sequences.advance(self._destination, self._scope, behind)
             # Under the gate only keys above these are looked at.
             self._positions = sequences.positions(self._destination, self._scope)
-            self._analyze()
+            if not freeze_first:
+                self._analyze()
             for connection in (self._source, self._destination):
                 connection.prepared_max = MAX_PREPARED
             for side in Side:
@@ -587,7 +592,7 @@ class PostgresMove(StoreMove):
             self._barrier = self._make_barrier()
             if not self.move.returning:
                 self._rounds().bring_left()
-            return self._round()
+            return Round(0, 0, 0, 0.0) if freeze_first else self._round()
 
     def _copier(self, connect: Connect | None = None) -> Copier:
         return Copier(
@@ -735,7 +740,9 @@ class PostgresMove(StoreMove):
             compared = applied.compared
             if self.move.strategy is Strategy.FREEZE_FIRST:
                 compared += self._verify_under_the_gate(evidence)
-            if any(position.is_shared for position in self._positions):
+            if self.move.strategy is Strategy.FREEZE_FIRST or any(
+                position.is_shared for position in self._positions
+            ):
                 advanced = sequences.advance(self._destination, self._scope, self._positions)
                 evidence["sequences"] = advanced
             # The flip may rely on both after any failover: the frozen gate and the last delta.

@@ -435,6 +435,16 @@ class Gate:
             raise self._lost(_lease(lease))
         return self._receives(Marker.parse(value))
 
+    def was_opened(self) -> bool:
+        """Destination, after the flip: whether its user was let in, although the marker says not.
+
+        Rules are on the disk before anybody can use them; the marker may go with the last second
+        of a server that is killed.
+        """
+        value, reply = self.admin.checked([("GET", self._gate_key), ("ACL", "GETUSER", self.user)])
+        is_closed = reply is None or AccessRules.of(reply).is_read_only
+        return self._receives(Marker.parse(value)) and not is_closed
+
     def insist_on_authority(self) -> None:
         """Source of a return: see that this server still has the gate that was opened here.
 

@@ -561,7 +561,8 @@ class RedisMove(base.StoreMove):
         if self._at_finish is None or gate.admin is self._at_finish[0]:
             return
         # without its gate `open_destination` refuses it
-        if self._run_id_of_destination() != self._at_finish[1] and gate.receives():
+        is_another = self._run_id_of_destination() != self._at_finish[1]
+        if is_another and gate.receives() and not gate.was_opened():
             self._end_wires(Side.DESTINATION)
             self._delete_users(Side.DESTINATION)  # it has forgotten them
             self.repair()
@@ -582,6 +583,11 @@ class RedisMove(base.StoreMove):
     def has_restarted(self, evidence: Mapping[str, Any]) -> bool:
         """Whether the destination is another process than the one that `finish` wrote to."""
         return evidence.get(RUN_ID) not in (None, self._run_id_of_destination())
+
+    @_verb
+    def was_opened(self) -> bool:
+        """Whether the application's user may write there: its rules outlive a crash."""
+        return self._gate(Side.DESTINATION).was_opened()
 
     def release(self) -> None:
         """Nobody waits here: refused writers try again by themselves."""
