@@ -465,6 +465,8 @@ def test_a_destination_that_restarted_is_not_opened_alone(
 
     assert reaped(cells).failed == []
     assert refusal(cells, "cell-2") is None
+    evidence = cells.migration(migration).facts["finished"]["redis"]["evidence"]
+    assert evidence["destination_run_id"] != "another", "what it has now was brought to this one"
 
 
 def test_what_was_written_at_the_new_cell_outlives_the_loss_of_its_marker(

@@ -314,10 +314,12 @@ def test_a_destination_that_restarted_after_the_last_delta_gets_what_it_lost(
         lose()
         with attempt(pair, 2) as move:
             assert move.has_restarted(finished.evidence)
+            assert not move.was_opened()
             move.repair()  # as `history.restore`
             move.finish()
             close(pair)
             move.hand_over()
+            assert move.was_opened()
     with application(pair.destination) as client:
         client.set("org:{4}:x", "1")
 

@@ -123,23 +123,27 @@ def restore(at: Attempt) -> None:
     reasons = _breaks(at, _read(at))
     loss: dict[str, Any] = dict(at.migration.facts.get(LOST) or {})
     known_lost = set(loss.get("stores", ()))
-    finished = at.migration.facts.get("finished_back" if at.move.returning else "finished") or {}
+    name = "finished_back" if at.move.returning else "finished"
+    finished: dict[str, Any] = dict(at.migration.facts.get(name) or {})
     restored: set[str] = set()
     for kind, store in at.stores.items():
         where = f"{at.move.destination.name}/{kind}"
         evidence = (finished.get(kind) or {}).get("evidence") or {}
         if not (where in reasons or where in known_lost or store.has_restarted(evidence)):
             continue
+        # Where it is open it was handed over, and what it has since counts.
         if store.was_opened():
-            log.warning("%s was opened already; its gate was set back by a restart", where)
-            continue  # as below
+            log.warning("%s was restarted after it was opened; nothing is brought again", where)
+            continue
         try:
             repaired = store.repair()
-            store.finish()
+            again = store.finish()
         except WrongState:
-            continue  # its gate is open: it was handed over, and what it has since counts
+            continue
         restored.add(where)
-        at.record({"restored": {kind: plain(repaired)}})
+        evidence = {**evidence, **plain(again.evidence)}
+        finished[kind] = {**finished.get(kind, {}), "evidence": evidence}
+        at.record({name: finished, "restored": {kind: plain(repaired)}})
     facts: dict[str, Any] = {LANDMARKS: _merged(at, _read(at))}
     if known_lost and known_lost <= restored:
         facts[LOST] = None

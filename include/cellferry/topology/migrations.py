@@ -916,7 +916,8 @@ def _create(
             raise WrongState(
                 f"the clean-up of migration {earlier} in {destination} has begun and not ended",
                 organization=org.slug,
-                hint=f"end it first: cellferry cleanup {org.slug}; then plan again",
+                hint="end it first: the DAG clean_up_organizations with migrations"
+                f" [{earlier}]; then plan again",
             )
         audit.write(
             connection,

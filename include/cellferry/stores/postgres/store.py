@@ -718,6 +718,8 @@ class PostgresMove(StoreMove):
         with self._errors(), ThreadPoolExecutor(len(Side) + 1) as pool:
             if not self._layouts:
                 self._layouts = layout.noted(self._destination, self.move.migration)
+            if not self._positions:  # after a loss there was no catch-up
+                self._positions = sequences.positions(self._destination, self._scope)
             # Under the gate time counts: the layouts are read beside the round, and looked at
             # before it commits.
             layouts = {side: pool.submit(self._read_layout_aside, side) for side in Side}
@@ -726,6 +728,9 @@ class PostgresMove(StoreMove):
             def before_commit() -> None:
                 for side, future in layouts.items():
                     layout.insist(side, self._where(side), self._layouts.get(side), future.result())
+                # A standby that has the last delta has this, too: it is earlier in the log.
+                if advanced := self._advance_sequences():
+                    evidence["sequences"] = advanced
                 gate.arm_reverse(self._destination, self.move)
                 checkpoints.write(
                     self._destination,
@@ -740,11 +745,6 @@ class PostgresMove(StoreMove):
             compared = applied.compared
             if self.move.strategy is Strategy.FREEZE_FIRST:
                 compared += self._verify_under_the_gate(evidence)
-            if self.move.strategy is Strategy.FREEZE_FIRST or any(
-                position.is_shared for position in self._positions
-            ):
-                advanced = sequences.advance(self._destination, self._scope, self._positions)
-                evidence["sequences"] = advanced
             # The flip may rely on both after any failover: the frozen gate and the last delta.
             confirmed = frozen.result() + self._wait_for_candidates(Side.DESTINATION)
             if confirmed >= timeline.POLL_S:
@@ -758,6 +758,13 @@ class PostgresMove(StoreMove):
             seconds=time.monotonic() - started,
             evidence=evidence,
         )
+
+    def _advance_sequences(self) -> dict[str, int]:
+        """Advance those that rows of the last delta may have come near to."""
+        all_came_now = self.move.strategy is Strategy.FREEZE_FIRST
+        if not all_came_now and not any(position.is_shared for position in self._positions):
+            return {}
+        return sequences.advance(self._destination, self._scope, self._positions)
 
     def _read_layout_aside(self, side: Side) -> str:
         """Read a side's layout on a session of its own, beside the mover's."""

@@ -436,14 +436,19 @@ class Gate:
         return self._receives(Marker.parse(value))
 
     def was_opened(self) -> bool:
-        """Destination, after the flip: whether its user was let in, although the marker says not.
+        """Destination, after the flip: whether writers were let in, whatever the marker says.
 
-        Rules are on the disk before anybody can use them; the marker may go with the last second
-        of a server that is killed.
+        A killed server may lose the marker with its last second of keys, and with it only what was
+        written before; the user's rules are saved in a file of their own.
         """
         value, reply = self.admin.checked([("GET", self._gate_key), ("ACL", "GETUSER", self.user)])
+        marker = Marker.parse(value)
+        if marker is None or not self._is_mine(marker):
+            return False
+        if marker.state is GateState.OPEN:
+            return marker.epoch == self.move.epoch + 1
         is_closed = reply is None or AccessRules.of(reply).is_read_only
-        return self._receives(Marker.parse(value)) and not is_closed
+        return self._receives(marker) and not is_closed
 
     def insist_on_authority(self) -> None:
         """Source of a return: see that this server still has the gate that was opened here.
