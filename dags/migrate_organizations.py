@@ -42,7 +42,8 @@ from __future__ import annotations
 from airflow.sdk import dag
 
 from cellferry.orchestration.params import migrate_organizations_params
-from cellferry.orchestration.retry_policy import BRIEF
+from cellferry.orchestration.reporting import START_CLEAN_UP_RUN, START_NEXT_RUN
+from cellferry.orchestration.retry_policy import PATIENT
 from cellferry.orchestration.run_starter import CleanUpStarter, RunStarter
 from cellferry.orchestration.run_tasks import REST, report, validate
 from cellferry.orchestration.task_groups import move_organization
@@ -65,16 +66,16 @@ def migrate_organizations() -> None:
     organizations = validate()
     lanes = move_organization.expand(organization=organizations)
     next_run = RunStarter(
-        task_id="start_next_run",
+        task_id=START_NEXT_RUN,
         trigger_dag_id="migrate_organizations",
         request=organizations[REST],
-        **BRIEF,
+        **PATIENT,
     )
     clean_up_run = CleanUpStarter(
-        task_id="start_clean_up_run",
+        task_id=START_CLEAN_UP_RUN,
         trigger_dag_id="clean_up_organizations",
         trigger_rule="all_done",
-        **BRIEF,
+        **PATIENT,
     )
     reported = report()
     lanes >> clean_up_run >> reported

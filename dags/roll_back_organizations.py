@@ -34,7 +34,8 @@ from __future__ import annotations
 from airflow.sdk import dag
 
 from cellferry.orchestration.params import roll_back_organizations_params
-from cellferry.orchestration.retry_policy import BRIEF
+from cellferry.orchestration.reporting import START_CLEAN_UP_RUN, START_NEXT_RUN
+from cellferry.orchestration.retry_policy import PATIENT
 from cellferry.orchestration.roll_back_lane import (
     ReturnCleanUpStarter,
     report_roll_back,
@@ -52,7 +53,9 @@ from cellferry.orchestration.run_tasks import REST
     doc_md=__doc__,
     schedule=None,
     params=roll_back_organizations_params(),
-    max_active_runs=8,
+    # More than of moves: a run whose copies are kept for an hour waits for that, and the next
+    # emergency must not wait with it. Its work is bounded by what goes back at once.
+    max_active_runs=32,
     is_paused_upon_creation=False,
     render_template_as_native_obj=False,
     tags=["cellferry"],
@@ -62,16 +65,16 @@ def roll_back_organizations() -> None:
     organizations = validate_roll_back()
     lanes = roll_back_organization.expand(organization=organizations)
     next_run = RunStarter(
-        task_id="start_next_run",
+        task_id=START_NEXT_RUN,
         trigger_dag_id="roll_back_organizations",
         request=organizations[REST],
-        **BRIEF,
+        **PATIENT,
     )
     clean_up_run = ReturnCleanUpStarter(
-        task_id="start_clean_up_run",
+        task_id=START_CLEAN_UP_RUN,
         trigger_dag_id="clean_up_organizations",
         trigger_rule="all_done",
-        **BRIEF,
+        **PATIENT,
     )
     reported = report_roll_back()
     lanes >> clean_up_run >> reported

@@ -6,10 +6,13 @@ import pytest
 
 from cellferry.errors import Unreachable
 from cellferry.orchestration.reporting import (
+    START_CLEAN_UP_RUN,
+    START_NEXT_RUN,
     Lane,
     complaint,
     keep_evidence,
     lane,
+    not_handed_on,
     plan_row,
     table,
 )
@@ -69,6 +72,21 @@ def test_the_complaint_says_which_why_and_what_to_do() -> None:
     assert "Remedy: end it" in text
     assert "clear organization.cutover with map index 1" in text
     assert "acme" not in text
+
+
+@pytest.mark.parametrize(
+    "lanes", [[], [Lane(0, "acme", None)], [Lane(0, "acme", "copy", "failed")]]
+)
+@pytest.mark.parametrize("task", [START_NEXT_RUN, START_CLEAN_UP_RUN])
+def test_a_run_that_was_not_handed_on_is_a_failure(task: str, lanes: list[Lane]) -> None:
+    handing_on = not_handed_on({START_NEXT_RUN: "success", START_CLEAN_UP_RUN: "skipped"})
+    assert handing_on == not_handed_on({}) == []
+
+    handing_on = not_handed_on({task: "failed", "organization.plan_0": "failed"})
+    text = complaint(lanes, "organization", handing_on)
+    assert text is not None
+    assert f"{task} ended as failed: the " in text
+    assert f"Clear {task}" in text
 
 
 def test_a_killed_task_without_a_message_is_still_explained() -> None:

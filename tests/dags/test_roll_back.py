@@ -105,6 +105,20 @@ def test_what_another_run_brought_back_is_refused(context: Context) -> None:
         check_roll_back(context, ["acme"])
 
 
+def test_what_is_back_already_stops_no_others_in_the_rest_of_a_long_list(
+    context: Context, caplog: pytest.LogCaptureFixture
+) -> None:
+    rolled_back(context, ACME, Actor("bob", dag_run="roll_back_organizations/manual__8"))
+    other = retained(context, GLOBEX)
+    rest = replace(context, actor=Actor("ada", dag_run=f"{RUN}.part-9-of-20", try_number=1))
+
+    with caplog.at_level("WARNING"):
+        found = check_roll_back(rest, ["acme", "globex"])
+
+    assert [one["migration"] for one in found] == [other.id]
+    assert "left out: acme is back in cell-1 already" in caplog.text
+
+
 def test_what_a_dead_roll_back_left_half_way_is_taken(context: Context) -> None:
     made = retained(context, ACME)
     path = [State.RETAINED, State.ROLLING_BACK, State.ROLLED_BACK]

@@ -21,7 +21,9 @@ from cellferry.orchestration.run_starter import clean_up_request
 from cellferry.orchestration.validation import (
     check_clean_up,
     check_move_request,
+    leave_for_later,
     migrations_of,
+    run_name,
     started_by,
 )
 from cellferry.settings import Settings
@@ -128,6 +130,23 @@ def test_one_that_moves_elsewhere_is_refused(context: Context) -> None:
         check(context, "acme")
 
 
+def test_what_became_of_one_meanwhile_stops_no_others_in_the_rest_of_a_long_list(
+    context: Context, caplog: pytest.LogCaptureFixture
+) -> None:
+    begin(context, GLOBEX, to="cell-3", run="someone/else")
+    retain(context, begin(context, ACME, run="someone/else"), 60)
+    rest = f"{RUN}.part-9-of-20"
+    request = read_move_request({"organizations": ["acme", "globex"], "destination": "cell-2"})
+
+    with caplog.at_level("WARNING"):
+        found = check_move_request(context, request, rest)
+
+    assert found == [{"id": "2", "slug": "globex"}], "its own lane fails, and says why"
+    assert "left out: acme lives in cell-2 already" in caplog.text
+    with pytest.raises(InvalidInput, match="globex is already moving from cell-1 to cell-3"):
+        check_move_request(context, request, RUN)
+
+
 def test_one_that_moves_there_already_is_taken_over(context: Context) -> None:
     begin(context, ACME, run="someone/else")
     assert check(context, "acme") == [{"id": "1", "slug": "acme"}]
@@ -182,6 +201,24 @@ def test_the_clean_up_run_starts_when_the_last_ttl_is_over(context: Context) -> 
     assert datetime.fromisoformat(request["run_after"]) == last.ttl_until
     assert request["run_id"] == clean_up_request([first, last])["run_id"]
     assert request["run_id"] != clean_up_request([first])["run_id"]
+
+
+def test_a_clean_up_run_leaves_long_ttls_to_a_later_one(context: Context) -> None:
+    due = retain(context, begin(context, ACME), 60)
+    kept = retain(context, begin(context, GLOBEX), 86_400)
+    needed = check_clean_up(context, [due.id, kept.id])
+
+    now, later = leave_for_later(context, needed)
+
+    assert [one["migration"] for one in now] == [due.id]
+    assert later["conf"] == {"migrations": [kept.id]}
+    assert kept.ttl_until is not None
+    assert datetime.fromisoformat(later["run_after"]) == kept.ttl_until
+    assert later == leave_for_later(context, needed)[1], "a retry starts it once"
+    # One that is too early would not start itself again.
+    assert later["run_id"] != clean_up_request([kept])["run_id"]
+    assert later["run_id"] == run_name(later["run_id"])
+    assert leave_for_later(context, now) == (now, {})
 
 
 def test_no_clean_up_run_for_what_failed_before_its_flip(context: Context) -> None:

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _ENDED_BADLY = ("failed", "upstream_failed", "removed", None)
+#: Tasks that start further runs: nothing else tells that one of these was not started.
+START_NEXT_RUN, START_CLEAN_UP_RUN = "start_next_run", "start_clean_up_run"
+_STARTERS = {
+    START_NEXT_RUN: "the organizations that this run did not take are not handed on",
+    START_CLEAN_UP_RUN: "the copies that are kept until the end of the TTL will not be deleted",
+}
 _NUMBERS = frozenset(
     {"rows", "keys", "size", "copied/s", "rounds", "write pause", "gate closed", "copy", "deleted"}
 )
@@ -184,12 +190,29 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
     return "\n".join([line({column: column for column in columns}), line(rule), *map(line, rows)])
 
 
-def complaint(lanes: Sequence[Lane], group: str) -> str | None:
-    """Return what to tell the operator about the failed organizations; None when all went well."""
+def not_handed_on(states: Mapping[str, Any]) -> list[str]:
+    """Return which of the tasks that start further runs ended badly, and what that means.
+
+    Args:
+        states: as for `lane`.
+    """
+    return [
+        f"{task} ended as {states[task]}: {meaning}. Clear {task}: it starts the run once."
+        for task, meaning in _STARTERS.items()
+        if states.get(task) in _ENDED_BADLY and task in states
+    ]
+
+
+def complaint(lanes: Sequence[Lane], group: str, handing_on: Sequence[str] = ()) -> str | None:
+    """Return what to tell the operator about what failed; None when all went well.
+
+    Args:
+        handing_on: what `not_handed_on` found.
+    """
     failed = [one for one in lanes if not one.ok]
     if not failed:
-        return None
-    lines = [f"{len(failed)} of {len(lanes)} organizations failed:"]
+        return "\n".join(handing_on) or None
+    lines = [*handing_on, f"{len(failed)} of {len(lanes)} organizations failed:"]
     for one in failed:
         reason = one.message or (
             f"the task ended as {one.state or 'never started'} and left no message; see its log"

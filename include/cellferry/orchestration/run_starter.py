@@ -33,6 +33,8 @@ class RunStarter(TriggerDagRunOperator):
             trigger_dag_id=trigger_dag_id,
             logical_date=None,  # several runs of a moment differ by their name only
             skip_when_already_exists=True,
+            # It would add to the Params, and unknown ones are refused.
+            openlineage_inject_parent_info=False,
             **kwargs,
         )
         self.request = request

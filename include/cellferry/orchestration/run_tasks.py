@@ -48,17 +48,24 @@ def validate() -> list[dict[str, str]]:
 
 @task(multiple_outputs=False, **BRIEF)
 def validate_clean_up() -> list[dict[str, Any]]:
-    """Check the migrations before anything changes; return those that still need a clean-up."""
+    """Check the migrations before anything changes; return those that still need a clean-up.
+
+    Those whose TTL lasts for long are left to a later run.
+    """
     from cellferry.orchestration.params import clean_up_organizations_params, refuse_unknown
-    from cellferry.orchestration.validation import check_clean_up
+    from cellferry.orchestration.validation import check_clean_up, leave_for_later
 
     airflow = get_current_context()
     params = dict(airflow["params"])
     with step_context() as ferry:
         refuse_unknown(params, clean_up_organizations_params())
         needed = check_clean_up(ferry, params["migrations"])
+        due, later = leave_for_later(ferry, needed)
+    airflow["ti"].xcom_push(key=REST, value=later)
     log.info("%d of %d migrations need a clean-up", len(needed), len(params["migrations"]))
-    return needed
+    if later:
+        log.info("%d of them in a run at %s", len(needed) - len(due), later["run_after"])
+    return due
 
 
 @task(multiple_outputs=False, trigger_rule="all_done", **BRIEF)
@@ -85,7 +92,7 @@ def report() -> dict[str, int]:
             reporting.say_halts(ferry)
         for one, organization in zip(lanes, organizations, strict=True):
             rows.append(reporting.move_row(one, migrations[organization["id"]]))
-    return say(lanes, rows)
+    return say(airflow, lanes, rows)
 
 
 @task(multiple_outputs=False, trigger_rule="all_done", **BRIEF)
@@ -104,7 +111,7 @@ def report_clean_up() -> dict[str, int]:
         reporting.keep_evidence(
             ferry, [organization["migration"] for organization in organizations]
         )
-    return say(lanes, rows)
+    return say(airflow, lanes, rows)
 
 
 def organizations_of(airflow: Any, task_id: str) -> Sequence[Mapping[str, Any]]:
@@ -129,8 +136,7 @@ def lanes_of(airflow: Any, organizations: Sequence[Mapping[str, Any]], steps: Se
 
     from cellferry.orchestration import reporting
 
-    ti, run = airflow["ti"], airflow["dag_run"]
-    states = ti.get_task_states(dag_id=run.dag_id, run_ids=[run.run_id]).get(run.run_id, {})
+    ti, states = airflow["ti"], states_of(airflow)
     lanes = []
     for index, one in enumerate(organizations):
         lane = reporting.lane(index, one["slug"], GROUP, steps, states)
@@ -146,8 +152,16 @@ def lanes_of(airflow: Any, organizations: Sequence[Mapping[str, Any]], steps: Se
     return lanes
 
 
-def say(lanes: Any, rows: Sequence[Mapping[str, str]]) -> dict[str, int]:
-    """Print the table; fail with what to do when a lane failed."""
+def states_of(airflow: Any) -> Mapping[str, Any]:
+    """Return the state of each task of this run; a mapped one is called `task_id_index`."""
+    run = airflow["dag_run"]
+    found = airflow["ti"].get_task_states(dag_id=run.dag_id, run_ids=[run.run_id])
+    states: Mapping[str, Any] = found.get(run.run_id, {})
+    return states
+
+
+def say(airflow: Any, lanes: Any, rows: Sequence[Mapping[str, str]]) -> dict[str, int]:
+    """Print the table; fail with what to do when a lane failed, or no further run was started."""
     from airflow.sdk.exceptions import AirflowFailException
 
     from cellferry.orchestration import reporting
@@ -156,7 +170,8 @@ def say(lanes: Any, rows: Sequence[Mapping[str, str]]) -> dict[str, int]:
         log.info("Report\n%s", reporting.table(rows))
     else:
         log.info("nothing was left to do")
-    if complaint := reporting.complaint(lanes, GROUP):
+    handing_on = reporting.not_handed_on(states_of(airflow))
+    if complaint := reporting.complaint(lanes, GROUP, handing_on):
         log.error("%s", complaint)
         raise AirflowFailException(complaint)
     return {"organizations": len(lanes), "failed": 0}

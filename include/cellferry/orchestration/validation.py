@@ -5,6 +5,8 @@ Nothing is changed before all of it was accepted.
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,11 @@ if TYPE_CHECKING:
     from cellferry.migration import Context
     from cellferry.model import Migration, Organization
 
+#: A clean-up run waits for the end of a TTL for up to this many seconds.
+LONGEST_WAIT_S = 600.0
+
+log = logging.getLogger(__name__)
+
 _PART = re.compile(r"(?P<base>.+)\.part-(?P<part>\d+)-of-(?P<parts>\d+)")
 
 
@@ -26,7 +33,9 @@ def check_move_request(
     """Return the organizations of `request`, each with its id and slug, in the given order.
 
     An organization that this very run has moved already is accepted, so that a run which is
-    cleared as a whole goes on where it was.
+    cleared as a whole goes on where it was. A run that takes the rest of a long list begins hours
+    later: there one that lives in the destination by now is left out, and one that moves elsewhere
+    fails in its own lane, so that it stops no others.
 
     Raises:
         InvalidInput: an organization or cell is unknown, an organization is named twice, lives in
@@ -45,10 +54,15 @@ def check_move_request(
         if organization.id in found:
             faults.append(f"{name!r} and {named[organization.id]!r} are the same organization")
             continue
+        fault = _misplaced(context, organization, request.destination, dag_run)
+        if fault and takes_rest(dag_run):
+            if context.topology.live_migration(organization.id) is None:
+                log.warning("left out: %s", fault)
+                continue
+        elif fault:
+            faults.append(fault)
         found[organization.id] = organization
         named[organization.id] = name
-        if fault := _misplaced(context, organization, request.destination, dag_run):
-            faults.append(fault)
     if faults:
         raise InvalidInput(
             f"{len(faults)} of {len(request.organizations)} organizations cannot be taken: "
@@ -130,6 +144,11 @@ def wave(run_id: str) -> str:
     return found["base"] if found else run_id
 
 
+def takes_rest(run_id: str) -> bool:
+    """Whether a run was started by another one, for the rest of its list."""
+    return _PART.fullmatch(run_id) is not None
+
+
 def run_name(text: str) -> str:
     """Return `text` as Airflow allows it in a run's name."""
     return re.sub(r"[^A-Za-z0-9_.~:+-]", "_", text)
@@ -173,3 +192,32 @@ def check_clean_up(context: Context, migrations: Sequence[int]) -> list[dict[str
             hint="only migrations that are retained or rolled back have a copy to delete",
         )
     return needed
+
+
+def leave_for_later(
+    context: Context, needed: Sequence[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the migrations whose TTL is over or nearly, and the request for a run for the others.
+
+    Clean-up runs go one at a time: one that waited for days would keep all others waiting. The
+    request is empty when nothing is left.
+    """
+    now = context.topology.now()
+    until = {
+        one["migration"]: context.topology.migration(one["migration"]).ttl_until for one in needed
+    }
+    later = {
+        number: moment
+        for number, moment in until.items()
+        if moment is not None and (moment - now).total_seconds() > LONGEST_WAIT_S
+    }
+    if not later:
+        return list(needed), {}
+    numbers, last = sorted(later), max(later.values())
+    digest = hashlib.sha256(repr(numbers).encode()).hexdigest()[:12]
+    return [one for one in needed if one["migration"] not in later], {
+        # With the moment in its name: a run that is too early must not start itself.
+        "run_id": f"clean_up__{numbers[0]}-{numbers[-1]}__{digest}__{last:%Y-%m-%dT%H.%M.%S}",
+        "conf": {"migrations": numbers},
+        "run_after": last.isoformat(),
+    }
