@@ -512,11 +512,16 @@ def test_row_level_security_that_hides_rows_blocks(cells: Cells, mover: str) -> 
     assert "BYPASSRLS" in found[0].remedy
 
 
-def test_an_unreadable_cell_local_table_does_not_matter(cells: Cells, mover: str) -> None:
-    cells.both("ALTER TABLE workers ADD project bigint REFERENCES projects")
+def test_an_unreadable_cell_local_table_matters_only_with_a_foreign_key_to_what_moves(
+    cells: Cells, mover: str
+) -> None:
+    roles = {"source": mover, "destination": mover}
     grant(cells.source, mover, "REVOKE ALL ON workers FROM {}")
     grant(cells.destination, mover)
-    assert not cells.check(roles={"source": mover, "destination": mover})
+    found = only(cells.check(roles=roles), "missing-privilege")
+    assert "no SELECT on 1 table: public.workers" in found.reason
+    cells.both("ALTER TABLE projects DROP COLUMN worker_id")
+    assert not cells.check(roles=roles)
 
 
 def test_a_cell_that_was_never_prepared_says_so(cells: Cells) -> None:

@@ -18,7 +18,7 @@ from cellferry.errors import VerificationFailed
 from cellferry.model import Move
 from cellferry.stores.postgres import gate
 from cellferry.stores.postgres.applied import Applied, Keys, dangling, deletes, digests
-from cellferry.stores.postgres.children import children_of, tie
+from cellferry.stores.postgres.children import came_now, children_of, tie
 from cellferry.stores.postgres.conflicts import WAITING_ROOM, admit, clear_the_way, waiting_room
 from cellferry.stores.postgres.delta import REFUSED, Delta, UnusualError
 from cellferry.stores.postgres.ownership import owner_text
@@ -26,6 +26,7 @@ from cellferry.stores.postgres.references import Held, Needs, ReferencedRows, le
 from cellferry.stores.postgres.row_keys import key_array
 from cellferry.stores.postgres.schema import ForeignKey, Hop, Placement, Table
 from cellferry.stores.postgres.scope import (
+    ChildHop,
     Key,
     Scope,
     keys_join,
@@ -352,37 +353,57 @@ class Applier:
     def _add_dependents(
         self, pending: dict[Table, set[Key]], done: Mapping[str, set[Key]], *, complete: bool
     ) -> None:
-        """Add the destination's children of rows that are gone at the source.
+        """Add the destination's children of rows that are gone at the source, and the reverse.
 
-        Usually the children's own deletes are dirty keys as well. They are not when no constraint
+        Usually the children's own changes are dirty keys as well. They are not when no constraint
         is declared, or when a bounded round sees the parent's key and not yet the children's; a
-        child without its parent could not be told to be the organization's any more.
+        child without its parent could not be told to be the organization's any more. So a child
+        at the source whose parent comes only now may have no dirty key, either.
         """
         unseen = {table: set(some) for table, some in pending.items()}
+        is_logged = True
         while unseen:
-            asked = {
-                table: (hops, some)
-                for table, some in unseen.items()
-                if (
-                    hops := [
-                        hop
-                        for hop in self._scope.children.get(table.name, ())
-                        if not (complete and hop.is_enforced)
-                    ]
-                )
-            }
             found: dict[Table, set[Key]] = {}
-            gone = self._gone_at_source({table: some for table, (_, some) in asked.items()})
-            for table, keys in gone.items():
-                for hop in asked[table][0]:
-                    children = self._children_at_destination(hop.child, hop.hop, table, keys)
-                    children -= pending.get(hop.child, set())
-                    children -= done.get(str(hop.child.name), set())
-                    if children:
-                        found.setdefault(hop.child, set()).update(children)
+            for child, below in self._below(unseen, complete=complete, is_logged=is_logged):
+                known = pending.get(child, set()) | done.get(str(child.name), set())
+                if keys := below - known:
+                    found.setdefault(child, set()).update(keys)
             for table, some in found.items():
                 pending.setdefault(table, set()).update(some)
-            unseen = found
+            unseen, is_logged = found, False  # below these no change need be in the log
+
+    def _below(
+        self, rows: Mapping[Table, set[Key]], *, complete: bool, is_logged: bool
+    ) -> Iterator[tuple[Table, set[Key]]]:
+        """Yield the destination's children of rows that are gone, the source's of new ones.
+
+        Args:
+            is_logged: whether the rows' own changes are in the log, and so those of children that
+                a constraint ties to them.
+        """
+        asked = {
+            table: some
+            for table, some in rows.items()
+            if self._hops(table, loose_only=complete and is_logged)
+        }
+        there = self._select_keys(self._source, asked, self._scope.owned)
+        may_be_new = {
+            table: some for table, some in there.items() if self._hops(table, loose_only=is_logged)
+        }
+        here = self._select_keys(self._destination, may_be_new, self._scope.owned)
+        for table, some in asked.items():
+            present = there.get(table, set())
+            if gone := some - present:
+                for hop in self._hops(table, loose_only=complete and is_logged):
+                    yield hop.child, self._children(self._destination, hop, table, gone)
+            for hop in self._hops(table, loose_only=is_logged):
+                if came := came_now(table, hop, present, here.get(table, set())):
+                    yield hop.child, self._children(self._source, hop, table, came)
+
+    def _hops(self, table: Table, *, loose_only: bool) -> tuple[ChildHop, ...]:
+        if loose_only:
+            return self._scope.loose_children(table)
+        return self._scope.children.get(table.name, ())
 
     def _add_missing_parents(
         self, pending: dict[Table, set[Key]], done: Mapping[str, set[Key]]
@@ -404,17 +425,11 @@ class Applier:
                 pending.setdefault(table, set()).update(keys)
             unseen = found
 
-    def _gone_at_source(self, asked: Mapping[Table, set[Key]]) -> dict[Table, set[Key]]:
-        """Return the keys of which the source has no row of this organization."""
-        there = self._select_keys(self._source, asked, self._scope.owned)
-        gone = {table: keys - there.get(table, set()) for table, keys in asked.items()}
-        return {table: keys for table, keys in gone.items() if keys}
-
-    def _children_at_destination(
-        self, child: Table, hop: Hop, parent: Table, gone: set[Key]
+    def _children(
+        self, connection: psycopg.Connection[Any], hop: ChildHop, parent: Table, keys: set[Key]
     ) -> set[Key]:
-        statement = children_of(self._scope, child, hop, parent, gone)
-        return {tuple(key) for (key,) in self._destination.execute(statement, prepare=False)}
+        statement = children_of(self._scope, hop.child, hop.hop, parent, keys)
+        return {tuple(key) for (key,) in connection.execute(statement, prepare=False)}
 
     def _parents_missing(self, child: Table, hop: Hop, parent: Table, keys: set[Key]) -> set[Key]:
         wanted = {

@@ -67,8 +67,9 @@ def _privileges(examination: Examination, site: Site) -> Iterator[Blocker]:
         names=[table.name.name for table in tables],
         privileges=[_NEEDED.get(table.placement, "SELECT") for table in tables],
     )
-    # cell-local tables are only looked at if they happen to be readable
-    needless = {table.name for table in tables if table.placement not in _NEEDED}
+    # other cell-local tables are only looked at if they happen to be readable
+    needed = {table.name for table in examination.data_map.beside}
+    needless = {table.name for table in tables if table.placement not in _NEEDED} - needed
     lacking: dict[str, list[str]] = {}
     schemas: set[str] = set()
     hidden: list[str] = []

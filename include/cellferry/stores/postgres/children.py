@@ -6,7 +6,7 @@ from psycopg import sql
 
 from cellferry.stores.postgres.row_keys import key_array
 from cellferry.stores.postgres.schema import Hop, Table
-from cellferry.stores.postgres.scope import Key, Scope, keys_match, keys_relation
+from cellferry.stores.postgres.scope import ChildHop, Key, Scope, keys_match, keys_relation
 
 
 def children_of(
@@ -22,6 +22,18 @@ def children_of(
         keys_match(parent, "p"),
         scope.owned(child),
     )
+
+
+def came_now(table: Table, hop: ChildHop, there: set[Key], here: set[Key]) -> set[Key]:
+    """Return the rows of `table` under which children may just have become the organization's.
+
+    Args:
+        there: keys that the source has a row of the organization of.
+        here: those that the destination has one of.
+    """
+    if set(hop.hop.parent_columns) <= set(table.primary_key):
+        return there - here
+    return there  # what the children refer to may have changed in a row that stayed
 
 
 def tie(hop: Hop) -> sql.Composed:

@@ -27,7 +27,7 @@ from psycopg import sql
 from cellferry.model import Move
 from cellferry.stores.postgres import sessions
 from cellferry.stores.postgres.applied import Applied, Dirty, Keys, dangling
-from cellferry.stores.postgres.children import children_of
+from cellferry.stores.postgres.children import came_now, children_of
 from cellferry.stores.postgres.deferrable import violations
 from cellferry.stores.postgres.ownership import owner_text
 from cellferry.stores.postgres.references import (
@@ -190,6 +190,11 @@ class Delta:
                 (child, self._destination.execute(query, prepare=False))
                 for child, query in self._children_left(owned, read)
             ]
+            here = {
+                table: _run(self._destination, _present(self._scope, table), some)
+                for table, some in owned.items()
+                if read.rows[table] and self._scope.loose_children(table)
+            }
             # Children first: their guards ask the parents whose they are.
             for table in reversed(list(owned)):
                 _run(self._destination, _delete(self._scope, table), owned[table])
@@ -211,6 +216,8 @@ class Delta:
             for child, cursor in children
         ):
             raise UnusualError
+        for table, cursor in here.items():
+            self._insist_on_known_children(table, owned, read, {tuple(key) for (key,) in cursor})
         digest, missing = self._answers(looked_at)
         applied = _agreed(written, read, digest)
         brought, size = self._references.bring(missing)
@@ -239,9 +246,23 @@ class Delta:
         """
         for table, some in owned.items():
             gone = some - read.rows[table].keys()
-            for hop in self._scope.children.get(table.name, ()) if gone else ():
-                if not hop.is_enforced:
-                    yield hop.child, children_of(self._scope, hop.child, hop.hop, table, gone)
+            for hop in self._scope.loose_children(table) if gone else ():
+                yield hop.child, children_of(self._scope, hop.child, hop.hop, table, gone)
+
+    def _insist_on_known_children(
+        self, table: Table, owned: Dirty, read: _Read, here: set[Key]
+    ) -> None:
+        """See that children at the source whose parent comes only now are dirty as well.
+
+        Raises:
+            UnusualError: some are not.
+        """
+        for hop in self._scope.loose_children(table):
+            if came := came_now(table, hop, set(read.rows[table]), here):
+                query = children_of(self._scope, hop.child, hop.hop, table, came)
+                found = self._source.execute(query, prepare=False)
+                if not {tuple(key) for (key,) in found} <= owned.get(hop.child, set()):
+                    raise UnusualError
 
     def _checked(self, table: Table) -> tuple[ForeignKey, ...]:
         """The foreign keys to rows that are not the organization's; its own where refused."""
@@ -364,6 +385,16 @@ def _orphan(table: Table) -> sql.Composed:
     return with_parameters(
         sql.SQL("SELECT 1 FROM {} AS t {} WHERE ({}) IS NULL LIMIT 1").format(
             table.name.identifier, _join(table), owner_text(table, "t")
+        )
+    )
+
+
+@once_for_each_scope
+def _present(scope: Scope, table: Table) -> sql.Composed:
+    """Select the keys of the rows given by key that are there and owned."""
+    return with_parameters(
+        sql.SQL("SELECT {} FROM {} AS t {} WHERE {}").format(
+            key_array(table, "t"), table.name.identifier, _join(table), scope.concerned(table)
         )
     )
 

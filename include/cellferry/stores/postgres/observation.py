@@ -100,10 +100,9 @@ def _discover(connection: psycopg.Connection[Any], path: Path | None) -> DataMap
     """Read the data map, and let operators of the application's types be found, as a move does."""
     found = data_map.discover(connection, data_map_file.load(path) if path else None)
     data_map.require_supported(found)
-    schemas = sorted({table.name.schema for table in found.tables} | {"public"})
     connection.execute(
         sql.SQL("SET search_path = pg_catalog, {}").format(
-            sql.SQL(", ").join(sql.Identifier(schema) for schema in schemas)
+            sql.SQL(", ").join(map(sql.Identifier, found.search_path))
         )
     )
     return found

@@ -545,14 +545,18 @@ def _needed(connection: Connection, data_map: DataMap, mover: str) -> Iterator[_
     database = connection.info.dbname
     for privilege in ("CONNECT", "TEMPORARY"):
         yield _privilege(mover, "database", privilege, sql.Identifier(database), database)
-    schemas = {table.name.schema for table in placed} | {
+    beside = data_map.beside
+    schemas = {table.name.schema for table in (*placed, *beside)} | {
         sequence.name.schema for sequence in data_map.sequences
     }
+    schemas |= data_map.type_schemas - {"information_schema"}
     for schema in sorted(schemas):
         yield _privilege(mover, "schema", "USAGE", sql.Identifier(schema), schema)
     for table in placed:
         for privilege in _TABLE_PRIVILEGES[table.placement]:
             yield _privilege(mover, "table", privilege, table.name.identifier)
+    for table in beside:
+        yield _privilege(mover, "table", "SELECT", table.name.identifier)
     for sequence in data_map.sequences:
         for privilege in ("SELECT", "UPDATE"):
             yield _privilege(mover, "sequence", privilege, sequence.name.identifier)
@@ -565,7 +569,7 @@ def _needed(connection: Connection, data_map: DataMap, mover: str) -> Iterator[_
         give=sql.SQL("GRANT SET ON {} TO {}").format(parameter, role),
         take=sql.SQL("REVOKE SET ON {} FROM {}").format(parameter, role),
     )
-    if _has_row_security(connection, [table.name for table in placed]):
+    if _has_row_security(connection, [table.name for table in (*placed, *beside)]):
         yield _Grant(
             has=sql.SQL(
                 "(SELECT rolsuper OR rolbypassrls FROM pg_roles WHERE rolname = {})"

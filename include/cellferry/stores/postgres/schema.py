@@ -5,6 +5,7 @@ Discovery (`data_map`) fills these in; the gate, the copier and the verifier onl
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -57,6 +58,18 @@ class Column:
     """'' | 'a' (always) | 'd' (by default)."""
     collation: str | None = None
     """Set for collatable types, when it is not `C` or `POSIX`."""
+
+    @property
+    def type_schema(self) -> str | None:
+        """The schema of the type, when it is not pg_catalog."""
+        match = _QUALIFIED_TYPE.match(self.type)
+        if match is None:
+            return None
+        found = match.group(1)
+        return found[1:-1].replace('""', '"') if found.startswith('"') else found
+
+
+_QUALIFIED_TYPE = re.compile(r'^("(?:[^"]|"")+"|[^".\s]+)\.')
 
 
 @dataclass(frozen=True)
@@ -232,6 +245,38 @@ class DataMap:
     def referenced(self) -> tuple[Table, ...]:
         """Tables whose rows are copied if absent and never deleted."""
         return self.placed(Placement.REFERENCED)
+
+    @cached_property
+    def beside(self) -> tuple[Table, ...]:
+        """Cell-local tables that share a foreign key with tables that move.
+
+        None of their rows moves. A row that refers to one, or that one refers to, must be seen.
+        """
+        moving = {table.name for table in (*self.owned, *self.referenced)}
+        linked = {key.child for key in self.foreign_keys if key.parent in moving} | {
+            key.parent for key in self.foreign_keys if key.child in moving
+        }
+        return tuple(table for table in self.placed(Placement.CELL_LOCAL) if table.name in linked)
+
+    @cached_property
+    def type_schemas(self) -> frozenset[str]:
+        """Schemas of the columns' types, beside pg_catalog: of extensions and of its own."""
+        return frozenset(
+            schema
+            for table in self.tables
+            for column in table.columns
+            if (schema := column.type_schema) is not None
+        )
+
+    @cached_property
+    def search_path(self) -> tuple[str, ...]:
+        """Schemas, behind pg_catalog, where a session finds the operators of all columns.
+
+        Those of an extension type (case-insensitive equality) must be found before those of the
+        type that it is cast to.
+        """
+        own = {table.name.schema for table in self.tables}
+        return tuple(sorted(own | self.type_schemas | {"public"}))
 
     def references(self, table: Table) -> tuple[ForeignKey, ...]:
         """Foreign keys from `table` to referenced tables."""

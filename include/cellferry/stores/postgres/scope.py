@@ -114,6 +114,14 @@ class Scope:
                 )
         return {name: tuple(hops) for name, hops in found.items()}
 
+    def loose_children(self, table: Table) -> tuple[ChildHop, ...]:
+        """Those of `children` that no constraint ties to their parent.
+
+        They may be there before it, and stay when it is gone: they come to be the organization's,
+        and cease to be, without a change of their own that a key log would hold.
+        """
+        return tuple(hop for hop in self.children.get(table.name, ()) if not hop.is_enforced)
+
     def owned(self, table: Table, row: str = "t") -> sql.Composable:
         """Return the condition that the row called `row` is the organization's."""
         return _owned(self, table, row)

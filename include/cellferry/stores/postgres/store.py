@@ -278,12 +278,11 @@ class PostgresMove(StoreMove):
         return self._made_mover(side, self._connection(side))
 
     def _made_mover(self, side: Side, connection: Connection) -> Connection:
-        schemas = sorted({table.name.schema for table in self._map.tables} | {"public"})
         with sessions.translate_errors(self._where(side)):
             sessions.set_for_session(connection, "session_replication_role", "replica")
             connection.execute(
                 sql.SQL("SET search_path = pg_catalog, {}").format(
-                    sql.SQL(", ").join(sql.Identifier(schema) for schema in schemas)
+                    sql.SQL(", ").join(map(sql.Identifier, self._map.search_path))
                 )
             )
         return connection

@@ -10,7 +10,6 @@ primary key; everything else is in `gate.sql`. The decision and its measurements
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,8 +38,6 @@ TRUNCATE_TRIGGER = "zz_cellferry_truncate"
 
 _PLAIN_TYPES = frozenset({"smallint", "integer", "bigint", "uuid"})
 """Types of organizations' keys whose text never needs quotes in a name."""
-
-_QUALIFIED_TYPE = re.compile(r'^("(?:[^"]|"")+"|[^".\s]+)\.')
 
 
 @dataclass(frozen=True)
@@ -398,7 +395,8 @@ def _is_refused(table: Table, is_parent: bool) -> sql.Composable:
 
 def _search_path(data_map: DataMap, table: Table) -> sql.Composable:
     """A fixed search path, with the schemas of the operators that the path's columns need."""
-    schemas = sorted({schema for column in _compared(data_map, table) for schema in _of(column)})
+    compared = {column.type_schema for column in _compared(data_map, table)}
+    schemas = sorted(schema for schema in compared if schema is not None)
     return sql.SQL("\nSET search_path = {}").format(
         sql.SQL(", ").join(
             [sql.SQL("pg_catalog"), *map(sql.Identifier, schemas), sql.SQL("pg_temp")]
@@ -418,10 +416,3 @@ def _compared(data_map: DataMap, table: Table) -> Iterable[Column]:
             yield from (child.column(name) for name in hop.parent_columns)
             if hop.when is not None:
                 yield from child.columns
-
-
-def _of(column: Column) -> Iterable[str]:
-    """The schema of a column's type, when it is not pg_catalog's."""
-    if match := _QUALIFIED_TYPE.match(column.type):
-        found = match.group(1)
-        yield found[1:-1].replace('""', '"') if found.startswith('"') else found
