@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from cellferry.model import Side
-from cellferry.stores.postgres.store import PostgresStore
-from fixtures.ferry import Ferry, make_ferry
+from fixtures.ferry import ferry_with
 from fixtures.postgres import FreshDatabases
 
 LOCAL = """
@@ -30,17 +29,6 @@ CREATE TABLE public.logins (
     login extensions.citext NOT NULL REFERENCES public.accounts (login)
 );
 """
-
-
-def ferry_with(databases: FreshDatabases, tables: str, map_file: Path, text: str) -> Ferry:
-    map_file.write_text(text, encoding="utf-8")
-    made = make_ferry(databases)
-    made.store = PostgresStore(map_file)
-    for side in Side:
-        made.run(side, tables)
-    for cell in (made.source, made.destination):
-        made.store.prepare_cell(cell, made.progress)
-    return made
 
 
 @pytest.mark.parametrize("ends", ["clean-up", "abort"])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cellferry.model import Side
 from cellferry.stores.postgres import delta
-from cellferry.stores.postgres.store import PostgresStore
-from fixtures.ferry import Ferry, make_ferry
+from fixtures.ferry import Ferry, ferry_with
 from fixtures.postgres import FreshDatabases
 
 TABLES = """
@@ -41,18 +41,13 @@ def ferry(
     fresh_databases: Callable[[], FreshDatabases], tmp_path: Path, request: pytest.FixtureRequest
 ) -> Ferry:
     column, referred = BY[request.param]
-    file = tmp_path / "map.yaml"
-    file.write_text(
+    made = ferry_with(
+        fresh_databases(),
+        TABLES,
+        tmp_path / "map.yaml",
         f"foreign_keys: [{{table: comments, columns: [{column}], references: pages,"
         f" referenced_columns: [{referred}]}}]",
-        encoding="utf-8",
     )
-    made = make_ferry(fresh_databases())
-    made.store = PostgresStore(file)
-    for side in Side:
-        made.run(side, TABLES)
-    for cell in (made.source, made.destination):
-        made.store.prepare_cell(cell, made.progress)
     made.run(Side.SOURCE, ROWS)
     return made
 
@@ -123,8 +118,8 @@ def test_a_page_whose_children_are_known_needs_no_other_way(
     asked: list[str] = []
     insist = delta.Delta._insist_on_known_children
 
-    def spied(self: delta.Delta, *arguments: object) -> None:
-        insist(self, *arguments)  # type: ignore[arg-type]
+    def spied(self: delta.Delta, *arguments: Any) -> None:
+        insist(self, *arguments)
         asked.append("passed")
 
     monkeypatch.setattr(delta.Delta, "_insist_on_known_children", spied)

@@ -22,9 +22,8 @@ from cellferry.model import Organization, Side
 from cellferry.phases import Phase
 from cellferry.stores.postgres.delta import Delta
 from cellferry.stores.postgres.references import ReferencedRows
-from cellferry.stores.postgres.store import PostgresStore
 from fixtures.cells import NO_TRACES, TwoCells
-from fixtures.ferry import Ferry, make_ferry
+from fixtures.ferry import Ferry, ferry_with
 from fixtures.gated import eventually
 from fixtures.postgres import FreshDatabases
 
@@ -245,18 +244,13 @@ UPDATE notes SET author_id = 2 + 2 * (hashtext(id::text) & 1);
 @pytest.fixture
 def ferries(fresh_databases: Callable[[], FreshDatabases], tmp_path: Path) -> Ferry:
     """Organizations 1 and 2 share users 2 and 4, who have e-mail addresses."""
-    file = tmp_path / "map.yaml"
-    file.write_text("placement: {referenced: [user_emails]}", encoding="utf-8")
-    made = make_ferry(fresh_databases())
-    made.store = PostgresStore(file)
-    for side in Side:
-        made.run(
-            side,
-            "CREATE TABLE public.user_emails (id bigint PRIMARY KEY,"
-            " user_id bigint NOT NULL REFERENCES public.users, address text NOT NULL UNIQUE)",
-        )
-    for cell in (made.source, made.destination):
-        made.store.prepare_cell(cell, made.progress)
+    made = ferry_with(
+        fresh_databases(),
+        "CREATE TABLE public.user_emails (id bigint PRIMARY KEY,"
+        " user_id bigint NOT NULL REFERENCES public.users, address text NOT NULL UNIQUE)",
+        tmp_path / "map.yaml",
+        "placement: {referenced: [user_emails]}",
+    )
     made.run(Side.SOURCE, SHARED)
     return made
 

@@ -25,7 +25,7 @@ from cellferry.phases import Phase
 from cellferry.stores.postgres import taking_over
 from cellferry.stores.postgres.taking_over import TakeOver
 from fixtures.cells import NO_TRACES, PATIENT, TwoCells
-from fixtures.ferry import Ferry, make_ferry
+from fixtures.ferry import Ferry, ferry_with
 from fixtures.postgres import FreshDatabases
 
 SEVEN, EIGHT = Organization("7", "org-7"), Organization("8", "org-8")
@@ -304,16 +304,8 @@ INSERT INTO user_emails VALUES (20, 2, 'a@2'), (40, 4, 'a@4');
 @pytest.fixture
 def stale(fresh_databases: Callable[[], FreshDatabases], tmp_path: Path) -> Ferry:
     """The destination has old rows of users 2 and 4, with one e-mail address of each."""
-    from cellferry.stores.postgres.store import PostgresStore
-
-    file = tmp_path / "map.yaml"
-    file.write_text("placement: {referenced: [user_emails]}", encoding="utf-8")
-    made = make_ferry(fresh_databases())
-    made.store = PostgresStore(file)
-    for side in Side:
-        made.run(side, MORE)
-    for cell in (made.source, made.destination):
-        made.store.prepare_cell(cell, made.progress)
+    placement = "placement: {referenced: [user_emails]}"
+    made = ferry_with(fresh_databases(), MORE, tmp_path / "map.yaml", placement)
     made.run(
         Side.SOURCE,
         "UPDATE users SET login = 'login ' || id;"

@@ -24,7 +24,7 @@ from cellferry.errors import Halted, TransientError, WrongState
 from cellferry.migration.context import Attempt
 from cellferry.migration.halts import automatic
 from cellferry.migration.result import plain
-from cellferry.model import Landmark, Side, State
+from cellferry.model import Landmark, Migration, Side, State
 
 log = logging.getLogger(__name__)
 
@@ -123,12 +123,11 @@ def restore(at: Attempt) -> None:
     reasons = _breaks(at, _read(at))
     loss: dict[str, Any] = dict(at.migration.facts.get(LOST) or {})
     known_lost = set(loss.get("stores", ()))
-    name = "finished_back" if at.move.returning else "finished"
-    finished: dict[str, Any] = dict(at.migration.facts.get(name) or {})
+    name, finished = finished_of(at.migration, back=at.move.returning)
     restored: set[str] = set()
     for kind, store in at.stores.items():
         where = f"{at.move.destination.name}/{kind}"
-        evidence = (finished.get(kind) or {}).get("evidence") or {}
+        evidence = evidence_of(finished, kind)
         if not (where in reasons or where in known_lost or store.has_restarted(evidence)):
             continue
         # Where it is open it was handed over, and what it has since counts.
@@ -148,6 +147,18 @@ def restore(at: Attempt) -> None:
     if known_lost and known_lost <= restored:
         facts[LOST] = None
     at.record(facts)
+
+
+def finished_of(migration: Migration, *, back: bool) -> tuple[str, dict[str, Any]]:
+    """Return the name of the fact that the last flip left, and by store what it says."""
+    name = "finished_back" if back else "finished"
+    return name, dict(migration.facts.get(name) or {})
+
+
+def evidence_of(finished: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+    """Return what one store said of its last delta."""
+    found: Mapping[str, Any] = (finished.get(kind) or {}).get("evidence") or {}
+    return found
 
 
 def _refuse(at: Attempt, reasons: dict[str, str]) -> NoReturn:

@@ -466,14 +466,14 @@ class _Run:
             with contextlib.suppress(Unreachable):
                 self._reconcile(kind, move, Side.SOURCE, GateState.MOVED)
         marks = migration.facts.get(history.LANDMARKS) or {}
-        finished = migration.facts.get("finished_back" if back else "finished") or {}
+        _, finished = history.finished_of(migration, back=back)
         resources = self._topology.resources(migration.id)
         progress = StepProgress(self._context, migration.organization.slug, 0, 0)
         for kind, store in self._context.stores.items():
             earlier = marks.get(kind, {}).get(move.destination.name)
             with store.open(move, resources, progress) as opened:
                 now = opened.landmark(Side.DESTINATION)
-                evidence = (finished.get(kind) or {}).get("evidence") or {}
+                evidence = history.evidence_of(finished, kind)
                 restarted = opened.has_restarted(evidence) and not opened.was_opened()
             lost = now.break_since(Landmark(**earlier)) if now and earlier else None
             if restarted:

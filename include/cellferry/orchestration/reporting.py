@@ -199,7 +199,7 @@ def not_handed_on(states: Mapping[str, Any]) -> list[str]:
     return [
         f"{task} ended as {states[task]}: {meaning}. Clear {task}: it starts the run once."
         for task, meaning in _STARTERS.items()
-        if states.get(task) in _ENDED_BADLY and task in states
+        if task in states and states[task] in _ENDED_BADLY
     ]
 
 

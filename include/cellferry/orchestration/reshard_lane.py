@@ -25,7 +25,7 @@ from cellferry.orchestration.shard_run import (
     past,
     shard_context,
 )
-from cellferry.orchestration.step_run import FAILURE
+from cellferry.orchestration.step_run import FAILURE, states_of
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -434,15 +434,6 @@ def report() -> dict[str, Any]:
             )
             state += ", rejected"
     return {"state": "dry run" if dry_run else state}
-
-
-def states_of(airflow: Any) -> Mapping[str, Any]:
-    """Return the state of each task instance of the run, by `task_id` or `task_id_mapindex`."""
-    run = airflow["dag_run"]
-    states: Mapping[str, Any] = (
-        airflow["ti"].get_task_states(dag_id=run.dag_id, run_ids=[run.run_id]).get(run.run_id, {})
-    )
-    return states
 
 
 def insist_on_input(airflow: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from airflow.sdk import get_current_context, task
 
 from cellferry.errors import WrongState
-from cellferry.orchestration.reshard_lane import insist_on_input, states_of
+from cellferry.orchestration.reshard_lane import insist_on_input
 from cellferry.orchestration.retry_policy import BRIEF, PATIENT, PROMPT
 from cellferry.orchestration.shard_run import (
     WAY_BACK_RUN,
@@ -19,6 +19,7 @@ from cellferry.orchestration.shard_run import (
     past,
     shard_context,
 )
+from cellferry.orchestration.step_run import states_of
 
 if TYPE_CHECKING:
     from cellferry.orchestration.reshard_params import RollBackReshardingRequest

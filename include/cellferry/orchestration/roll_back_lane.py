@@ -16,7 +16,7 @@ from cellferry.orchestration.retry_policy import BRIEF, PROMPT
 from cellferry.orchestration.run_starter import RunStarter, clean_up_request
 from cellferry.orchestration.run_tasks import REST, lanes_of, organizations_of, say
 from cellferry.orchestration.sensors import TtlSensor
-from cellferry.orchestration.step_run import brief, step_context
+from cellferry.orchestration.step_run import brief, states_of, step_context
 from cellferry.orchestration.task_groups import GROUP, ROLL_BACKS_AT_ONCE, cleanup, in_lane
 
 if TYPE_CHECKING:
@@ -215,7 +215,8 @@ def report_roll_back() -> dict[str, int]:
     """Print what became of each organization, and fail when one failed, saying what to do."""
     airflow = get_current_context()
     organizations = organizations_of(airflow, "validate_roll_back")
-    lanes = lanes_of(airflow, organizations, ROLL_BACK_STEPS)
+    states = states_of(airflow)
+    lanes = lanes_of(airflow, organizations, ROLL_BACK_STEPS, states)
     with step_context() as ferry:
         migrations = [ferry.topology.migration(one["migration"]) for one in organizations]
     from cellferry.orchestration import reporting
@@ -224,4 +225,4 @@ def report_roll_back() -> dict[str, int]:
         reporting.roll_back_row(lane, migration, dry_run=airflow["params"]["dry_run"])
         for lane, migration in zip(lanes, migrations, strict=True)
     ]
-    return say(airflow, lanes, rows)
+    return say(states, lanes, rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -82,17 +81,13 @@ def clean_up_request(
 
     With `state` rolled back it is about the copies at the new cells.
 
-    Its name follows from what is in it: a retry starts it once. When an organization is repeated
+    When an organization is repeated
     later, the larger set gets a run of its own, which leaves out what is cleaned by then.
     """
+    from cellferry.orchestration.validation import clean_up_run
+
     retained = {one.id: one.ttl_until for one in migrations if one.state is state and one.ttl_until}
     if not retained:
         return {}
-    numbers = sorted(retained)
     name = "clean_up" if state is State.RETAINED else "clean_up_after_roll_back"
-    digest = hashlib.sha256(repr(numbers).encode()).hexdigest()[:12]
-    return {
-        "run_id": f"{name}__{numbers[0]}-{numbers[-1]}__{digest}",
-        "conf": {"migrations": numbers},
-        "run_after": max(retained.values()).isoformat(),
-    }
+    return clean_up_run(name, retained)

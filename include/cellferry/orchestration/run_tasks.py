@@ -9,7 +9,7 @@ from typing import Any
 from airflow.sdk import get_current_context, task
 
 from cellferry.orchestration.retry_policy import BRIEF
-from cellferry.orchestration.step_run import FAILURE, step_context
+from cellferry.orchestration.step_run import FAILURE, states_of, step_context
 from cellferry.orchestration.task_groups import CLEAN_UP_STEPS, GROUP, MOVE_STEPS
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,8 @@ def report() -> dict[str, int]:
     airflow = get_current_context()
     params = airflow["params"]
     organizations = organizations_of(airflow, "validate")
-    lanes = lanes_of(airflow, organizations, MOVE_STEPS)
+    states = states_of(airflow)
+    lanes = lanes_of(airflow, organizations, MOVE_STEPS, states)
     rows = []
     if params["dry_run"]:
         for one in lanes:
@@ -92,7 +93,7 @@ def report() -> dict[str, int]:
             reporting.say_halts(ferry)
         for one, organization in zip(lanes, organizations, strict=True):
             rows.append(reporting.move_row(one, migrations[organization["id"]]))
-    return say(airflow, lanes, rows)
+    return say(states, lanes, rows)
 
 
 @task(multiple_outputs=False, trigger_rule="all_done", **BRIEF)
@@ -102,7 +103,8 @@ def report_clean_up() -> dict[str, int]:
 
     airflow = get_current_context()
     organizations = organizations_of(airflow, "validate_clean_up")
-    lanes = lanes_of(airflow, organizations, CLEAN_UP_STEPS)
+    states = states_of(airflow)
+    lanes = lanes_of(airflow, organizations, CLEAN_UP_STEPS, states)
     with step_context() as ferry:
         rows = [
             reporting.clean_up_row(one, ferry.topology.migration(organization["migration"]))
@@ -111,7 +113,7 @@ def report_clean_up() -> dict[str, int]:
         reporting.keep_evidence(
             ferry, [organization["migration"] for organization in organizations]
         )
-    return say(airflow, lanes, rows)
+    return say(states, lanes, rows)
 
 
 def organizations_of(airflow: Any, task_id: str) -> Sequence[Mapping[str, Any]]:
@@ -130,13 +132,18 @@ def organizations_of(airflow: Any, task_id: str) -> Sequence[Mapping[str, Any]]:
     return organizations
 
 
-def lanes_of(airflow: Any, organizations: Sequence[Mapping[str, Any]], steps: Sequence[str]) -> Any:
+def lanes_of(
+    airflow: Any,
+    organizations: Sequence[Mapping[str, Any]],
+    steps: Sequence[str],
+    states: Mapping[str, Any],
+) -> Any:
     """Read how each lane ended, and the reasons that failed tasks left."""
     from dataclasses import replace
 
     from cellferry.orchestration import reporting
 
-    ti, states = airflow["ti"], states_of(airflow)
+    ti = airflow["ti"]
     lanes = []
     for index, one in enumerate(organizations):
         lane = reporting.lane(index, one["slug"], GROUP, steps, states)
@@ -152,15 +159,7 @@ def lanes_of(airflow: Any, organizations: Sequence[Mapping[str, Any]], steps: Se
     return lanes
 
 
-def states_of(airflow: Any) -> Mapping[str, Any]:
-    """Return the state of each task of this run; a mapped one is called `task_id_index`."""
-    run = airflow["dag_run"]
-    found = airflow["ti"].get_task_states(dag_id=run.dag_id, run_ids=[run.run_id])
-    states: Mapping[str, Any] = found.get(run.run_id, {})
-    return states
-
-
-def say(airflow: Any, lanes: Any, rows: Sequence[Mapping[str, str]]) -> dict[str, int]:
+def say(states: Mapping[str, Any], lanes: Any, rows: Sequence[Mapping[str, str]]) -> dict[str, int]:
     """Print the table; fail with what to do when a lane failed, or no further run was started."""
     from airflow.sdk.exceptions import AirflowFailException
 
@@ -170,7 +169,7 @@ def say(airflow: Any, lanes: Any, rows: Sequence[Mapping[str, str]]) -> dict[str
         log.info("Report\n%s", reporting.table(rows))
     else:
         log.info("nothing was left to do")
-    handing_on = reporting.not_handed_on(states_of(airflow))
+    handing_on = reporting.not_handed_on(states)
     if complaint := reporting.complaint(lanes, GROUP, handing_on):
         log.error("%s", complaint)
         raise AirflowFailException(complaint)

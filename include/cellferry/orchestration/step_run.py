@@ -142,3 +142,12 @@ def said(summary: str, **facts: Any) -> dict[str, Any]:
     """Log a line for people; return it with `facts`, for XCom."""
     log.info("%s", summary)
     return {**facts, "summary": summary}
+
+
+def states_of(airflow: Any) -> Mapping[str, Any]:
+    """Return the state of each task instance of the run, by `task_id` or `task_id_mapindex`."""
+    run = airflow["dag_run"]
+    states: Mapping[str, Any] = (
+        airflow["ti"].get_task_states(dag_id=run.dag_id, run_ids=[run.run_id]).get(run.run_id, {})
+    )
+    return states

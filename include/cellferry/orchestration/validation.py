@@ -16,6 +16,8 @@ from cellferry.model import State
 from cellferry.orchestration.params import ORGANIZATIONS_PER_RUN, MoveRequest
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from cellferry.migration import Context
     from cellferry.model import Migration, Organization
 
@@ -213,11 +215,24 @@ def leave_for_later(
     }
     if not later:
         return list(needed), {}
-    numbers, last = sorted(later), max(later.values())
+    request = clean_up_run("clean_up", later)
+    # With the moment in its name: a run that is too early must not start itself.
+    request["run_id"] += f"__{max(later.values()):%Y-%m-%dT%H.%M.%S}"
+    return [one for one in needed if one["migration"] not in later], request
+
+
+def clean_up_run(name: str, until: Mapping[int, datetime]) -> dict[str, Any]:
+    """Return the request for the clean-up run of migrations, when the last of their TTLs is over.
+
+    Its name follows from what is in it, so that a retry starts it once.
+
+    Args:
+        until: the end of each migration's TTL.
+    """
+    numbers = sorted(until)
     digest = hashlib.sha256(repr(numbers).encode()).hexdigest()[:12]
-    return [one for one in needed if one["migration"] not in later], {
-        # With the moment in its name: a run that is too early must not start itself.
-        "run_id": f"clean_up__{numbers[0]}-{numbers[-1]}__{digest}__{last:%Y-%m-%dT%H.%M.%S}",
+    return {
+        "run_id": f"{name}__{numbers[0]}-{numbers[-1]}__{digest}",
         "conf": {"migrations": numbers},
-        "run_after": last.isoformat(),
+        "run_after": max(until.values()).isoformat(),
     }
