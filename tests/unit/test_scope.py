@@ -15,7 +15,13 @@ from cellferry.stores.postgres.schema import (
     Placement,
     Table,
 )
-from cellferry.stores.postgres.scope import Scope, array_text, once_for_each_scope, parse_key
+from cellferry.stores.postgres.scope import (
+    Scope,
+    array_text,
+    keys_relation,
+    once_for_each_scope,
+    parse_key,
+)
 
 
 def table(name: str, *parents: str) -> Table:
@@ -91,3 +97,22 @@ def test_the_text_of_an_array_reads_back(values: tuple[str, ...]) -> None:
 def test_an_array_of_nothing_and_null_have_texts_of_their_own() -> None:
     assert array_text([]) == "{}"
     assert array_text([None, "NULL"]) == '{NULL,"NULL"}'
+
+
+@pytest.mark.parametrize(
+    ("column", "once"),
+    [
+        (Column("id", "bigint"), True),
+        (Column("id", "character varying(20)", collation='pg_catalog."default"'), True),
+        (Column("id", "timestamp with time zone"), True),
+        (Column("id", "numeric(10,2)"), False),
+        (Column("id", "extensions.citext"), False),
+        (Column("id", "text", collation="public.nocase", deterministic=False), False),
+    ],
+)
+def test_keys_with_two_spellings_are_joined_once(column: Column, once: bool) -> None:
+    table = Table(Name("public", "labels"), Placement.OWNED, (column,), ("id",))
+    statement = keys_relation(table, [("a",)]).as_string(None)
+    assert ("DISTINCT" not in statement) is once
+    if column.collation and not once:
+        assert f"COLLATE {column.collation}" in statement

@@ -21,7 +21,7 @@ from cellferry.stores.postgres.applied import Applied, Keys, dangling, deletes, 
 from cellferry.stores.postgres.children import came_now, children_of, tie
 from cellferry.stores.postgres.conflicts import WAITING_ROOM, admit, clear_the_way, waiting_room
 from cellferry.stores.postgres.delta import REFUSED, Delta, UnusualError
-from cellferry.stores.postgres.ownership import owner_text
+from cellferry.stores.postgres.ownership import awaits_parent, owner_text
 from cellferry.stores.postgres.references import Held, Needs, ReferencedRows, leading_out
 from cellferry.stores.postgres.row_keys import key_array
 from cellferry.stores.postgres.schema import ForeignKey, Hop, Placement, Table
@@ -284,13 +284,16 @@ class Applier:
         A child that was copied after its parent's turn waits for the parent; when both are gone
         at the source before that, the parent never comes and the guard of `_delete` would keep
         the child for ever. It goes unless the source says that it is another organization's, of
-        which a move may be under way as well.
+        which a move may be under way as well. A row that awaits no parent was not copied: it is
+        nobody's, and stays.
         """
         asked = {table: keys for table, keys in pending.items() if not table.has_direct_owner}
         orphans = self._select_keys(
             self._destination,
             asked,
-            lambda table: sql.SQL("({}) IS NULL").format(owner_text(table, "t")),
+            lambda table: sql.SQL("({}) IS NULL AND {}").format(
+                owner_text(table, "t"), awaits_parent(table, "t")
+            ),
         )
         others = self._select_keys(
             self._source,

@@ -427,6 +427,7 @@ def _column(catalog: Catalog, column: CatalogColumn) -> Column:
         generated=bool(column.generated),
         identity=column.identity,
         collation=None if collation in _BYTEWISE else collation,
+        deterministic=column.deterministic,
     )
 
 

@@ -46,6 +46,7 @@ from cellferry.stores.postgres.scope import (
     columns_of,
     given_keys,
     given_rows,
+    has_one_spelling,
     keys_match,
     once_for_each_scope,
     row_hash,
@@ -125,9 +126,9 @@ class Delta:
     def may_go_with(self, shared: Collection[Table]) -> bool:
         """Whether rows of these shared tables may be written together with owned ones."""
         # Rows that belong to other shared rows may be new to this migration, and only the general
-        # way records them.
+        # way records them. It also compares the keys of both cells on a server.
         return not self._scope.has_tangled_guards and not any(
-            map(self._references.has_holders, shared)
+            self._references.has_holders(table) or not has_one_spelling(table) for table in shared
         )
 
     def apply_with(self, held: Mapping[Table, Held], keys: Keys) -> Applied:

@@ -46,6 +46,46 @@ def owned_by(data_map: DataMap, table: Table, row: str, organization: str | None
     return sql.SQL("({})").format(sql.SQL(" OR ").join(conditions))
 
 
+def awaits_parent(table: Table, row: str) -> sql.Composed:
+    """Return a boolean expression: whether a path from the row called `row` breaks off.
+
+    It does where a row names a parent that is not there. A row that names none, or whose path ends
+    at a row without an organization, awaits nothing: it is nobody's, or the cell's own.
+    """
+    breaks = [
+        _breaks_off(path, number, row) for path in table.owners for number in range(len(path.hops))
+    ]
+    if not breaks:
+        return sql.Composed([sql.SQL("false")])
+    return sql.SQL("({})").format(sql.SQL(" OR ").join(breaks))
+
+
+def _breaks_off(path: OwnerPath, number: int, row: str) -> sql.Composed:
+    """Whether all of `path`'s hops before `number` lead to a row, which names a missing parent."""
+    hop = path.hops[number]
+    tables, conditions, last = _joins(path, row, number)
+    parts: list[sql.Composable] = [
+        *conditions,
+        *(sql.SQL("{} IS NOT NULL").format(_column(last, column)) for column in hop.columns),
+        sql.SQL("NOT EXISTS (SELECT 1 FROM {} AS cf_parent WHERE {})").format(
+            hop.parent.identifier,
+            sql.SQL(" AND ").join(
+                sql.SQL("{} = {}").format(_column("cf_parent", theirs), _column(last, ours))
+                for ours, theirs in zip(hop.columns, hop.parent_columns, strict=True)
+            ),
+        ),
+    ]
+    if tables:
+        parts = [
+            sql.SQL("EXISTS (SELECT 1 FROM {} WHERE {})").format(
+                sql.SQL(", ").join(tables), sql.SQL(" AND ").join(parts)
+            )
+        ]
+    if (when := _when(path, row)) is not None:
+        parts.append(when)
+    return sql.SQL("({})").format(sql.SQL(" AND ").join(parts))
+
+
 def _record(row: str) -> sql.Composable:
     # NEW and OLD are plpgsql names and must not be quoted.
     return sql.SQL(row) if row in {"NEW", "OLD"} else sql.Identifier(row)
@@ -66,12 +106,18 @@ def _condition(when: str, row: str) -> sql.Composed:
     return sql.SQL("({})").format(sql.SQL(when.replace("{row}", _record(row).as_string(None))))
 
 
-def _joins(path: OwnerPath, row: str) -> tuple[sql.Composable, sql.Composable, str]:
-    """Return the FROM list of the parents, what ties them to `row`, and the last alias."""
+def _joins(
+    path: OwnerPath, row: str, count: int | None = None
+) -> tuple[list[sql.Composable], list[sql.Composable], str]:
+    """Return the parents as a FROM list has them, what ties them to `row`, and the last alias.
+
+    Args:
+        count: over how many hops, from `row` on; all of them by default.
+    """
     tables: list[sql.Composable] = []
     conditions: list[sql.Composable] = []
     previous = row
-    for number, hop in enumerate(path.hops):
+    for number, hop in enumerate(path.hops[:count]):
         alias = f"cf_{number}"
         tables.append(sql.SQL("{} AS {}").format(hop.parent.identifier, sql.Identifier(alias)))
         conditions.extend(
@@ -81,7 +127,7 @@ def _joins(path: OwnerPath, row: str) -> tuple[sql.Composable, sql.Composable, s
         if hop.when is not None:
             conditions.append(_condition(hop.when, alias))
         previous = alias
-    return sql.SQL(", ").join(tables), sql.SQL(" AND ").join(conditions), previous
+    return tables, conditions, previous
 
 
 def _path_owner(path: OwnerPath, row: str) -> sql.Composed:
@@ -93,9 +139,9 @@ def _path_owner(path: OwnerPath, row: str) -> sql.Composed:
         return sql.SQL("CASE WHEN {} THEN {} END").format(when, value)
     tables, conditions, last = _joins(path, row)
     if when is not None:
-        conditions = sql.SQL("{} AND {}").format(conditions, when)
+        conditions.append(when)
     return sql.SQL("(SELECT {}::text FROM {} WHERE {} LIMIT 1)").format(
-        _column(last, path.column), tables, conditions
+        _column(last, path.column), sql.SQL(", ").join(tables), sql.SQL(" AND ").join(conditions)
     )
 
 
@@ -106,6 +152,9 @@ def _path_condition(path: OwnerPath, row: str, key: sql.Composable) -> sql.Compo
     else:
         tables, conditions, last = _joins(path, row)
         condition = sql.SQL("EXISTS (SELECT 1 FROM {} WHERE {} AND {} = {})").format(
-            tables, conditions, _column(last, path.column), key
+            sql.SQL(", ").join(tables),
+            sql.SQL(" AND ").join(conditions),
+            _column(last, path.column),
+            key,
         )
     return condition if when is None else sql.SQL("{} AND {}").format(when, condition)

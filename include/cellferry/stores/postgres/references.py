@@ -35,13 +35,16 @@ from cellferry.stores.postgres.schema import ForeignKey, Placement, Table
 from cellferry.stores.postgres.scope import (
     Key,
     Scope,
+    has_one_spelling,
     keys_join,
+    keys_relation,
     once_for_each_scope,
     present_keys,
     row_hash,
     texts_columns,
     texts_match,
     texts_relation,
+    values_relation,
 )
 from cellferry.stores.postgres.taking_over import BATCH as LOCKED
 from cellferry.stores.postgres.taking_over import TakeOver
@@ -331,9 +334,9 @@ class ReferencedRows:
         absent = self._absent(parent, columns, values)
         if not absent:
             return [], 0
-        match = texts_match([parent.column(column) for column in columns])
+        ties = [parent.column(column) for column in columns]
         body = sql.SQL("FROM {} AS t JOIN {} ON {}").format(
-            parent.name.identifier, texts_relation(absent, len(columns)), match
+            parent.name.identifier, values_relation(ties, absent), texts_match(ties)
         )
         with waiting_room(self._destination, parent):
             sent, size = self.carry(parent, body, WAITING_ROOM)
@@ -453,9 +456,37 @@ class ReferencedRows:
         present = present_keys(self._source, table, held.keys)
         if present:
             self._take_over.renew(table, present, held.locked, careful=careful)
+            if not has_one_spelling(table):
+                self._spell_anew(table, present)
             self._record(table, (held.fresh & present) - held.locked)
             self._record_taken(table, held.fresh & present & held.locked)
         return present
+
+    def _spell_anew(self, table: Table, keys: set[Key]) -> None:
+        """Keep the records of rows findable by the keys that the log will have from now on."""
+        columns = [table.column(name) for name in table.primary_key]
+        key = sql.SQL("ARRAY[{}]").format(texts_columns(len(columns)))
+        equal = sql.SQL(" AND ").join(
+            sql.SQL("i.key[{0}]::{1} = {2}::{1}").format(
+                sql.Literal(number), sql.SQL(column.type), sql.Identifier("k", f"k{number}")
+            )
+            for number, column in enumerate(columns, start=1)
+        )
+        self._destination.execute(
+            sql.SQL(
+                "UPDATE cellferry.imported_row AS i SET key = {key} FROM {keys}"
+                " WHERE i.migration = {migration} AND i.relation = {relation} AND i.key <> {key}"
+                # Keys of other relations may not be of this type.
+                " AND CASE WHEN i.relation = {relation} THEN {equal} END"
+            ).format(
+                key=key,
+                keys=keys_relation(table, keys),
+                migration=sql.Literal(self._migration),
+                relation=sql.Literal(str(table.name)),
+                equal=equal,
+            ),
+            prepare=False,
+        )
 
     def _give_up(self, table: Table, keys: set[Key]) -> None:
         """Leave rows to an organization that they came here with, and that has arrived.

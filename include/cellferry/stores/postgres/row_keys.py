@@ -6,6 +6,7 @@ application's odd settings cannot change what the gate's trigger logs.
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 
 from psycopg import sql
@@ -18,6 +19,17 @@ _STABLE = (
     "smallint", "integer", "bigint", "numeric", "uuid", "text", "character varying", "character",
     "boolean", "oid", "name", "inet", "cidr", "macaddr", "\"char\"",
 )  # fmt: skip
+
+#: Types of which equal values have one text, the first word of them.
+_SPELLED_ONCE = frozenset({
+    "smallint", "integer", "bigint", "uuid", "text", "character", "boolean", "oid", "name", "inet",
+    "cidr", "macaddr", "\"char\"", "bytea", "date", "time", "timestamp",
+})  # fmt: skip
+
+
+def is_spelled_once(column: Column) -> bool:
+    """Whether equal values of `column` have the same text: not so `citext`, or `numeric` 1.0."""
+    return re.split(r"[ (]", column.type)[0] in _SPELLED_ONCE and column.deterministic
 
 
 @lru_cache(4096)

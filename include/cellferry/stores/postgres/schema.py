@@ -58,6 +58,8 @@ class Column:
     """'' | 'a' (always) | 'd' (by default)."""
     collation: str | None = None
     """Set for collatable types, when it is not `C` or `POSIX`."""
+    deterministic: bool = True
+    """Whether texts that are equal under the collation are the same bytes."""
 
     @property
     def type_schema(self) -> str | None:

@@ -13,7 +13,7 @@ from psycopg import sql
 from cellferry.errors import UnsupportedSchema
 from cellferry.stores.postgres.ownership import owned_by
 from cellferry.stores.postgres.rendering import PARAMETER, rendered
-from cellferry.stores.postgres.row_keys import key_array
+from cellferry.stores.postgres.row_keys import is_spelled_once, key_array
 from cellferry.stores.postgres.schema import Column, DataMap, Hop, Name, Table
 
 P = ParamSpec("P")
@@ -213,8 +213,8 @@ def present_keys(
 
 
 def keys_relation(table: Table, keys: Collection[Key]) -> sql.Composed:
-    """Return `unnest(…) AS k(k1, k2 …)`: `keys` as a relation of typed columns."""
-    return texts_relation(keys, len(table.primary_key))
+    """Return `unnest(…) AS k(k1, k2 …)`: `keys` as a relation of texts, each row's key once."""
+    return values_relation([table.column(name) for name in table.primary_key], keys)
 
 
 @lru_cache(4096)
@@ -233,6 +233,36 @@ def _relation(columns: Sequence[sql.Composable]) -> sql.Composed:
     return sql.SQL("unnest({}) AS k({})").format(
         sql.SQL(", ").join(sql.SQL("{}::text[]").format(column) for column in columns),
         sql.SQL(", ").join(sql.Identifier(f"k{number}") for number, _ in enumerate(columns, 1)),
+    )
+
+
+def values_relation(columns: Sequence[Column], values: Collection[Key]) -> sql.Composed:
+    """Return `texts_relation` without those `values` of `columns` that equal others.
+
+    Two texts can be one value, or a row would be joined to both: a letter's case changes in a
+    `citext`, and the key log has the key before and the key after.
+    """
+    return _each_once(texts_relation(values, len(columns)), columns)
+
+
+def has_one_spelling(table: Table) -> bool:
+    """Whether rows with equal keys have the same texts as keys, so that sets of these compare."""
+    return all(is_spelled_once(table.column(name)) for name in table.primary_key)
+
+
+def _each_once(relation: sql.Composed, columns: Sequence[Column]) -> sql.Composed:
+    if all(is_spelled_once(column) for column in columns):
+        return relation
+    values = [
+        sql.SQL("k{}::{}{}").format(
+            sql.SQL(str(number)),
+            sql.SQL(column.type),
+            sql.SQL(f" COLLATE {column.collation}" if column.collation else ""),
+        )
+        for number, column in enumerate(columns, start=1)
+    ]
+    return sql.SQL("(SELECT DISTINCT ON ({}) * FROM {}) AS k").format(
+        sql.SQL(", ").join(values), relation
     )
 
 
@@ -272,7 +302,8 @@ def array_text(values: Iterable[str | None]) -> str:
 
 def given_keys(table: Table) -> sql.Composed:
     """Return `keys_relation` with a `PARAMETER` for each column; `columns_of` gives the values."""
-    return given_rows(len(table.primary_key))
+    columns = [table.column(name) for name in table.primary_key]
+    return _each_once(given_rows(len(columns)), columns)
 
 
 def given_rows(width: int) -> sql.Composed:

@@ -25,7 +25,7 @@ from cellferry.stores.postgres.conflicts import (
     waiting_room,
 )
 from cellferry.stores.postgres.likeness import are_strangers, outline
-from cellferry.stores.postgres.row_keys import key_array
+from cellferry.stores.postgres.row_keys import is_spelled_once, key_array
 from cellferry.stores.postgres.schema import Table
 from cellferry.stores.postgres.scope import (
     Key,
@@ -325,7 +325,9 @@ class TakeOver:
 
     def _update(self, table: Table, keys: Collection[Key]) -> None:
         columns = [
-            column for column in table.copied_columns if column.name not in table.primary_key
+            column
+            for column in table.copied_columns
+            if column.name not in table.primary_key or not is_spelled_once(column)
         ]
         if not columns:
             return

@@ -12,6 +12,7 @@ path whose parents are gone belong to nobody, and the replica role checks no for
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from psycopg import sql
 
 from cellferry.model import Mismatch, Move, Progress, Verification
 from cellferry.stores.postgres.applied import dangling
-from cellferry.stores.postgres.ownership import owner_text
+from cellferry.stores.postgres.ownership import awaits_parent, owner_text
 from cellferry.stores.postgres.references import is_comparable
 from cellferry.stores.postgres.row_keys import key_array
 from cellferry.stores.postgres.schema import ForeignKey, Placement, Table
@@ -265,20 +266,17 @@ class Verifier:
     # ── what a comparison does not see ──────────────────────────────────────────────────────────
 
     def _orphans(self, table: Table, dirty: set[Key], findings: _Findings) -> None:
-        """Find rows at the destination whose path to an organization leads nowhere.
+        """Find rows at the destination whose path to an organization breaks off.
 
-        Only among keys between the organization's lowest and highest, which the mover wrote. One
-        that the source has as another organization's is not ours: its own move is under way, and
-        its parent comes later. One that the source does not have could be that of any move under
-        way, and is looked at when there is no other.
+        A row that names no parent, or one of nobody, is nobody's and was not copied. Only among
+        keys between the organization's lowest and highest, which the mover wrote. One that the
+        source has as another organization's is not ours: its own move is under way, and its parent
+        comes later. One that the source does not have could be that of any move under way, and is
+        looked at when there is no other.
         """
         if table.has_direct_owner or not any(path.hops for path in table.owners):
             return
-        row = self._source.execute(
-            sql.SQL("SELECT {} FROM {} AS t WHERE {}").format(
-                _extremes(table), table.name.identifier, self._scope.owned(table)
-            )
-        ).fetchone()
+        row = self._source.execute(_extremes(table, self._scope.owned(table))).fetchone()
         if row is None or row[0] is None:
             return
         first = table.primary_key[0]
@@ -286,6 +284,7 @@ class Verifier:
         statement = sql.SQL(
             "SELECT {key} FROM {table} AS t"
             " WHERE {first}{collate} BETWEEN {low}::{kind} AND {high}::{kind} AND ({owner}) IS NULL"
+            " AND {awaits}"
         ).format(
             key=key_array(table, "t"),
             table=table.name.identifier,
@@ -295,6 +294,7 @@ class Verifier:
             high=sql.Literal(row[1]),
             kind=kind,
             owner=owner_text(table, "t"),
+            awaits=awaits_parent(table, "t"),
         )
         orphans = {tuple(key) for (key,) in self._destination.execute(statement)} - dirty
         if not orphans:
@@ -418,14 +418,29 @@ def _collate(table: Table, column: str) -> sql.SQL:
     return sql.SQL(' COLLATE "C"' if table.column(column).collation else "")
 
 
-def _extremes(table: Table) -> sql.Composed:
+#: The first words of types for which every supported version has min() and max().
+_HAVE_EXTREMES = frozenset({
+    "smallint", "integer", "bigint", "numeric", "real", "double", "text", "character", "date",
+    "time", "timestamp", "interval", "inet", "oid",
+})  # fmt: skip
+
+
+def _extremes(table: Table, owned: sql.Composable) -> sql.Composed:
+    """Return a SELECT of the lowest and highest text of the first key column of `owned` rows."""
     name = table.primary_key[0]
     first = sql.SQL("{}{}").format(sql.Identifier("t", name), _collate(table, name))
-    if table.column(table.primary_key[0]).type in {"uuid", "boolean", "jsonb"}:
-        # No min() for these before version 18, or at all.
-        return sql.SQL("(array_agg({0} ORDER BY {0}))[1]::text,"
-                       " (array_agg({0} ORDER BY {0} DESC))[1]::text").format(first)  # fmt: skip
-    return sql.SQL("min({0})::text, max({0})::text").format(first)
+    rows = sql.SQL("FROM {} AS t WHERE {}").format(table.name.identifier, owned)
+    if re.split(r"[ (]", table.column(name).type)[0] in _HAVE_EXTREMES:
+        return sql.SQL("SELECT min({0})::text, max({0})::text {1}").format(first, rows)
+    # Fenced, or the planner might read the index from its one end through everybody's rows.
+    return sql.SQL("SELECT {}, {}").format(
+        *(
+            sql.SQL(
+                "(SELECT k::text FROM (SELECT {} AS k {} OFFSET 0) AS s ORDER BY k {} LIMIT 1)"
+            ).format(first, rows, sql.SQL(direction))
+            for direction in ("ASC", "DESC")
+        )
+    )
 
 
 def _sum(buckets: Mapping[int, _Digest]) -> _Digest:
