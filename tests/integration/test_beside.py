@@ -20,13 +20,14 @@ ALTER TABLE public.projects ADD worker_id int REFERENCES public.workers;
 EXTENSION = """
 CREATE SCHEMA extensions;
 CREATE EXTENSION citext SCHEMA extensions;
+CREATE DOMAIN public.login AS extensions.citext;
 CREATE TABLE public.accounts (
-    login extensions.citext PRIMARY KEY,
+    login {kind} PRIMARY KEY,
     organization_id bigint NOT NULL REFERENCES public.organizations
 );
 CREATE TABLE public.logins (
     id bigint PRIMARY KEY,
-    login extensions.citext NOT NULL REFERENCES public.accounts (login)
+    login {kind} NOT NULL REFERENCES public.accounts (login)
 );
 """
 
@@ -66,10 +67,12 @@ def test_a_move_ends_beside_cell_local_tables_with_foreign_keys_to_what_moves(
     )
 
 
+@pytest.mark.parametrize("kind", ["extensions.citext", "public.login"])
 def test_an_extension_in_its_own_schema_compares_as_it_does_for_the_application(
-    fresh_databases: Callable[[], FreshDatabases], tmp_path: Path
+    fresh_databases: Callable[[], FreshDatabases], tmp_path: Path, kind: str
 ) -> None:
-    ferry = ferry_with(fresh_databases(), EXTENSION, tmp_path / "map.yaml", "{}")
+    tables = EXTENSION.format(kind=kind)
+    ferry = ferry_with(fresh_databases(), tables, tmp_path / "map.yaml", "{}")
     ferry.run(
         Side.SOURCE,
         "INSERT INTO accounts VALUES ('bob', 1), ('Ann', 1), ('eve', 2);"

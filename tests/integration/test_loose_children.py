@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 
+from cellferry.errors import DrainTimeout, VerificationFailed
 from cellferry.model import Side
-from cellferry.stores.postgres import delta
+from cellferry.stores.postgres import copier, delta
+from cellferry.stores.postgres.checkpoints import Checkpoint
+from cellferry.stores.postgres.schema import Table
+from cellferry.stores.postgres.store import PostgresMove
 from fixtures.ferry import Ferry, ferry_with
 from fixtures.postgres import FreshDatabases
 
@@ -68,14 +72,26 @@ def quickly(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(delta, "MOST_KEYS", 0)
 
 
+def caught_up(ferry: Ferry, move: PostgresMove) -> None:
+    """Copied and compared: from here on a key log alone says what changes."""
+    move.open_capture()
+    move.copy()
+    move.sync()
+    assert move.verify().ok
+
+
+def cut_over(move: PostgresMove) -> None:
+    move.freeze(60.0)
+    move.finish()
+    move.hand_over()
+    move.release()
+
+
 @pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("last", ["a round", "the last delta"])
 def test_children_of_a_page_that_is_restored_come_with_it(ferry: Ferry, last: str) -> None:
     with ferry.opened() as move:
-        move.open_capture()
-        move.copy()
-        move.sync()
-        assert move.verify().ok
+        caught_up(ferry, move)
         assert comments(ferry, Side.DESTINATION) == [(50, [500]), (51, [510]), (60, [600])]
 
         ferry.run(Side.SOURCE, "DELETE FROM pages WHERE id = 5")
@@ -88,10 +104,7 @@ def test_children_of_a_page_that_is_restored_come_with_it(ferry: Ferry, last: st
         if last == "a round":
             move.sync()
             assert move.verify().ok
-        move.freeze(60.0)
-        move.finish()
-        move.hand_over()
-        move.release()
+        cut_over(move)
 
     assert comments(ferry, Side.DESTINATION) == [(50, [500]), (51, [510]), (60, [600])]
 
@@ -132,10 +145,170 @@ def test_a_page_whose_children_are_known_needs_no_other_way(
             "INSERT INTO pages VALUES (8, 1, 'eight');"
             "INSERT INTO comments VALUES (80, 'eight', 8, 'its own change is in the log')",
         )
-        move.freeze(60.0)
-        move.finish()
-        move.hand_over()
-        move.release()
+        cut_over(move)
 
-    assert asked == (["passed"] if delta.MOST_KEYS else [])
+    # pages, and comments: what is below a loose child is loose as well
+    assert asked == (["passed"] * 2 if delta.MOST_KEYS else [])
     assert 80 in [found for found, _ in comments(ferry, Side.DESTINATION)]
+
+
+#: Comments that are written to in the transaction in which they come and go with their page.
+WRITTEN = {
+    "a page that is restored": (
+        "DELETE FROM pages WHERE id = 6",
+        "INSERT INTO pages VALUES (6, 1, 'six'); UPDATE comments SET body = 'r' WHERE id = 60",
+        [(50, [500]), (51, [510]), (60, [600])],
+    ),
+    "a comment that is adopted": (
+        "",
+        "UPDATE comments SET page_id = 6, page_slug = 'six' WHERE id = 90",
+        [(50, [500]), (51, [510]), (60, [600]), (90, [900])],
+    ),
+    "a page that is deleted": (
+        "",
+        (
+            "UPDATE comments SET body = 'bye' WHERE id = 50; DELETE FROM pages WHERE id = 5;"
+            "UPDATE comments SET body = 'bye' WHERE id = 51"
+        ),
+        [(60, [600])],
+    ),
+}
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize("case", WRITTEN.values(), ids=WRITTEN.keys())
+def test_what_is_below_a_child_that_is_written_to_comes_and_goes_with_it(
+    ferry: Ferry, case: tuple[str, str, list[tuple[int, list[int]]]]
+) -> None:
+    """A constraint ties it to the child, but nothing ties the child to its page."""
+    first, then, left = case
+    with ferry.opened() as move:
+        caught_up(ferry, move)
+        if first:
+            ferry.run(Side.SOURCE, first)
+            move.sync()
+        move.catch_up()
+        ferry.run(Side.SOURCE, then)
+        cut_over(move)
+    assert comments(ferry, Side.DESTINATION) == left
+    assert {key for (key,) in ferry.run(Side.DESTINATION, "SELECT id FROM reactions")} == {
+        reaction for _, reactions in left for reaction in reactions
+    }
+
+
+@pytest.mark.usefixtures("quickly")
+def test_a_page_that_was_away_while_its_comments_were_copied_gets_them(
+    ferry: Ferry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_table = copier._TableCopier.copy
+
+    def copied(self: copier._TableCopier, table: Table, mark: Checkpoint) -> None:
+        if table.name.name == "comments":
+            ferry.run(Side.SOURCE, "DELETE FROM pages WHERE id = 5")
+        copy_table(self, table, mark)
+        if table.name.name == "reactions":
+            ferry.run(Side.SOURCE, "INSERT INTO pages VALUES (5, 1, 'five')")
+
+    monkeypatch.setattr(copier._TableCopier, "copy", copied)
+    with ferry.opened() as move:
+        move.open_capture()
+        move.copy()
+        assert comments(ferry, Side.DESTINATION) == [(60, [600])], "the test shows nothing"
+        move.sync()
+        assert move.verify().ok
+    assert comments(ferry, Side.DESTINATION) == [(50, [500]), (51, [510]), (60, [600])]
+
+
+@pytest.mark.usefixtures("quickly")
+def test_comments_of_a_page_that_takes_another_name_are_left_behind(
+    fresh_databases: Callable[[], FreshDatabases], tmp_path: Path
+) -> None:
+    """They are nobody's now: a neighbour's page of the old name must not get them."""
+    ferry = ferry_with(
+        fresh_databases(),
+        TABLES,
+        tmp_path / "map.yaml",
+        "foreign_keys: [{table: comments, columns: [page_slug], references: pages,"
+        " referenced_columns: [slug]}]",
+    )
+    ferry.run(Side.SOURCE, ROWS)
+    with ferry.opened() as move:
+        caught_up(ferry, move)
+        ferry.run(Side.SOURCE, "UPDATE pages SET slug = 'cinq' WHERE id = 5")
+        move.sync()
+        assert ferry.run(Side.DESTINATION, "SELECT id FROM comments") == [(60,)]
+        assert ferry.run(Side.DESTINATION, "SELECT id FROM reactions") == [(600,)]
+
+        move.catch_up()
+        ferry.run(
+            Side.SOURCE,
+            "UPDATE comments SET page_slug = 'nine' WHERE id = 50;"
+            "UPDATE pages SET slug = 'nine' WHERE id = 5",
+        )
+        cut_over(move)
+    assert ferry.run(Side.DESTINATION, "SELECT id FROM comments ORDER BY 1") == [
+        (50,), (60,), (90,),
+    ]  # fmt: skip
+
+
+def test_a_page_that_changes_does_not_bring_its_comments_again(ferry: Ferry) -> None:
+    with ferry.opened() as move:
+        caught_up(ferry, move)
+        ferry.run(Side.SOURCE, "UPDATE pages SET slug = slug WHERE id = 5")
+        assert move.sync().applied == 1
+
+
+@pytest.mark.usefixtures("quickly")
+def test_a_row_of_the_new_cell_is_not_taken_when_a_page_arrives_above_it(ferry: Ferry) -> None:
+    ferry.run(Side.DESTINATION, "INSERT INTO comments VALUES (9999, 'nine', 9, 'of the cell')")
+    with ferry.opened() as move:
+        caught_up(ferry, move)
+        move.catch_up()
+        ferry.run(Side.SOURCE, "INSERT INTO pages VALUES (9, 1, 'nine')")
+        move.freeze(60.0)
+        with pytest.raises(VerificationFailed, match=r"row 9999 of public\.comments"):
+            move.finish()
+        move.thaw()
+        ferry.run(Side.DESTINATION, "DELETE FROM comments WHERE id = 9999")
+        cut_over(move)
+    assert (90,) in ferry.run(Side.DESTINATION, "SELECT id FROM comments")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "INSERT INTO comments VALUES (95, 'nine', 9, 'its page is not there yet')",
+        "UPDATE comments SET body = 'changed' WHERE id = 90",
+        "DELETE FROM comments WHERE id = 90",
+    ],
+)
+def test_a_freeze_waits_for_a_writer_whose_row_becomes_the_organizations_meanwhile(
+    ferry: Ferry, statement: str
+) -> None:
+    def nine(side: Side) -> list[tuple[int, str]]:
+        return ferry.run(side, "SELECT id, body FROM comments WHERE page_id = 9 ORDER BY 1")
+
+    with ferry.opened() as move:
+        caught_up(ferry, move)
+        move.catch_up()
+        with ferry.session(Side.SOURCE) as writer:
+            writer.execute("BEGIN")
+            writer.execute(statement)
+            ferry.run(Side.SOURCE, "INSERT INTO pages VALUES (9, 1, 'nine')")
+            with pytest.raises(DrainTimeout):
+                move.freeze(0.5)
+            move.thaw()
+            writer.execute("COMMIT")
+        cut_over(move)
+        assert nine(Side.DESTINATION) == nine(Side.SOURCE)
+
+
+def test_a_cascade_of_a_neighbour_does_not_wait_for_a_frozen_organization(ferry: Ferry) -> None:
+    ferry.run(Side.SOURCE, "INSERT INTO reactions VALUES (700, 70, '+')")
+    with ferry.opened() as move:
+        caught_up(ferry, move)
+        move.catch_up()
+        move.freeze(60.0)
+        ferry.run(Side.SOURCE, "SET statement_timeout = '2s'; DELETE FROM comments WHERE id = 70")
+        assert (700,) not in ferry.run(Side.SOURCE, "SELECT id FROM reactions")
+        cut_over(move)

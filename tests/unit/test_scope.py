@@ -9,6 +9,7 @@ import pytest
 from cellferry.stores.postgres.schema import (
     Column,
     DataMap,
+    ForeignKey,
     Hop,
     Name,
     OwnerPath,
@@ -116,3 +117,21 @@ def test_keys_with_two_spellings_are_joined_once(column: Column, once: bool) -> 
     assert ("DISTINCT" not in statement) is once
     if column.collation and not once:
         assert f"COLLATE {column.collation}" in statement
+
+
+def test_what_is_below_a_loose_child_is_loose_also_in_a_circle() -> None:
+    """Constraints tie b to a and c to b; nothing ties a, which c owns as well, to its parent."""
+    tables = (table("a", "top", "c"), table("b", "a"), table("c", "b"), table("d", "top"))
+    keys = tuple(
+        ForeignKey(f"{child}_{parent}", Name("public", child), ("parent_id",),
+                   Name("public", parent), ("id",))
+        for child, parent in (("b", "a"), ("c", "b"), ("a", "c"), ("d", "top"))
+    )  # fmt: skip
+    data_map = DataMap(
+        (table("top"), *tables), keys, (), Name("public", "organizations"), "id", "bigint"
+    )
+    whole = Scope(data_map, "1")
+
+    loose = {hop.child.name.name for one in whole.tables for hop in whole.loose_children(one)}
+
+    assert loose == {"a", "b", "c"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import psycopg
@@ -16,14 +17,15 @@ from psycopg import sql
 
 from cellferry.errors import VerificationFailed
 from cellferry.model import Move
-from cellferry.stores.postgres import gate
+from cellferry.stores.postgres import checkpoints, gate
 from cellferry.stores.postgres.applied import Applied, Keys, dangling, deletes, digests
-from cellferry.stores.postgres.children import came_now, children_of, tie
+from cellferry.stores.postgres.checkpoints import Checkpoint
+from cellferry.stores.postgres.children import Ties, children_of, tie, tie_columns, turn_of
 from cellferry.stores.postgres.conflicts import WAITING_ROOM, admit, clear_the_way, waiting_room
 from cellferry.stores.postgres.delta import REFUSED, Delta, UnusualError
 from cellferry.stores.postgres.ownership import awaits_parent, owner_text
 from cellferry.stores.postgres.references import Held, Needs, ReferencedRows, leading_out
-from cellferry.stores.postgres.row_keys import key_array
+from cellferry.stores.postgres.row_keys import key_array, key_text
 from cellferry.stores.postgres.schema import ForeignKey, Hop, Placement, Table
 from cellferry.stores.postgres.scope import (
     ChildHop,
@@ -36,6 +38,12 @@ from cellferry.stores.postgres.scope import (
 )
 from cellferry.stores.postgres.transactions import snapshot, write
 from cellferry.stores.postgres.wire import Wire
+
+#: Among the checkpoints: see `Applier._is_settled`.
+SETTLED = "a complete round since the copy"
+
+#: Rows that came, below which their children at the source were looked for, and these.
+Arrivals = list[tuple[Table, ChildHop, set[Key], set[Key]]]
 
 
 class Applier:
@@ -69,8 +77,31 @@ class Applier:
             scope,
             move,
             self._references,
+            lambda: self._is_settled,
             refuses_crossings=refuses_crossings,
         )
+
+    @cached_property
+    def _is_settled(self) -> bool:
+        """Whether a complete round has been applied since the copy, or since a repair."""
+        return not self._scope.has_loose_children or SETTLED in checkpoints.read(
+            self._destination, self._move.migration
+        )
+
+    def unsettle(self) -> None:
+        """Let rows count as new until the next complete round: others may have been lost."""
+        with write(self._destination, self._move):
+            checkpoints.remove(self._destination, self._move.migration, SETTLED)
+
+    def settle(self) -> None:
+        """Note that a complete round has been applied, unless that is known already."""
+        if self._is_settled:
+            return
+        marks = checkpoints.read(self._destination, self._move.migration)
+        if all(mark.done for name, mark in marks.items() if name in self._scope.by_relation):
+            with write(self._destination, self._move):
+                checkpoints.write(self._destination, self._move.migration, Checkpoint(SETTLED))
+            self._is_settled = True
 
     def apply(
         self,
@@ -102,6 +133,8 @@ class Applier:
                 applied = self._attempt(
                     keys, complete=complete, careful=True, before_commit=before_commit
                 )
+        if complete:
+            self.settle()
         return applied
 
     def may_follow(self, keys: Keys) -> Mapping[Table, set[Key]]:
@@ -242,16 +275,17 @@ class Applier:
     def _converge(self, keys: Keys, *, complete: bool, careful: bool) -> Applied:
         applied = Applied()
         done: dict[str, set[Key]] = {}
+        arrivals: Arrivals = []
         pending = {
             table: set(keys[str(table.name)])
             for table in self._scope.tables
             if keys.get(str(table.name))
         }
         while pending:
-            self._add_dependents(pending, done, complete=complete)
+            self._add_dependents(pending, done, arrivals, complete=complete)
             if not complete:
                 self._add_missing_parents(pending, done)
-                self._add_dependents(pending, done, complete=complete)
+                self._add_dependents(pending, done, arrivals, complete=complete)
             self._delete_orphans(pending)
             self._delete(pending)
             in_the_way: dict[Table, set[Key]] = {}
@@ -271,6 +305,8 @@ class Applier:
             applied.rows += brought
             applied.bytes += size
             self._compare(done, applied)
+        if complete and self._is_settled:  # otherwise a verification is still to come
+            self._insist_on_arrivals(arrivals)
         applied.keys = sum(len(some) for some in done.values())
         return applied
 
@@ -354,7 +390,12 @@ class Applier:
         return cleared
 
     def _add_dependents(
-        self, pending: dict[Table, set[Key]], done: Mapping[str, set[Key]], *, complete: bool
+        self,
+        pending: dict[Table, set[Key]],
+        done: Mapping[str, set[Key]],
+        arrivals: Arrivals,
+        *,
+        complete: bool,
     ) -> None:
         """Add the destination's children of rows that are gone at the source, and the reverse.
 
@@ -367,7 +408,9 @@ class Applier:
         is_logged = True
         while unseen:
             found: dict[Table, set[Key]] = {}
-            for child, below in self._below(unseen, complete=complete, is_logged=is_logged):
+            for child, below in self._below(
+                unseen, arrivals, complete=complete, is_logged=is_logged
+            ):
                 known = pending.get(child, set()) | done.get(str(child.name), set())
                 if keys := below - known:
                     found.setdefault(child, set()).update(keys)
@@ -376,32 +419,77 @@ class Applier:
             unseen, is_logged = found, False  # below these no change need be in the log
 
     def _below(
-        self, rows: Mapping[Table, set[Key]], *, complete: bool, is_logged: bool
+        self, rows: Mapping[Table, set[Key]], arrivals: Arrivals, *, complete: bool, is_logged: bool
     ) -> Iterator[tuple[Table, set[Key]]]:
         """Yield the destination's children of rows that are gone, the source's of new ones.
 
         Args:
+            arrivals: gets the latter, below new rows.
             is_logged: whether the rows' own changes are in the log, and so those of children that
-                a constraint ties to them.
+                constraints tie to them.
         """
         asked = {
             table: some
             for table, some in rows.items()
             if self._hops(table, loose_only=complete and is_logged)
         }
-        there = self._select_keys(self._source, asked, self._scope.owned)
-        may_be_new = {
-            table: some for table, some in there.items() if self._hops(table, loose_only=is_logged)
-        }
-        here = self._select_keys(self._destination, may_be_new, self._scope.owned)
+        there = self._ties(self._source, asked)
+        here = self._ties(self._destination, asked)
         for table, some in asked.items():
-            present = there.get(table, set())
-            if gone := some - present:
-                for hop in self._hops(table, loose_only=complete and is_logged):
-                    yield hop.child, self._children(self._destination, hop, table, gone)
-            for hop in self._hops(table, loose_only=is_logged):
-                if came := came_now(table, hop, present, here.get(table, set())):
-                    yield hop.child, self._children(self._source, hop, table, came)
+            for hop in self._hops(table, loose_only=complete and is_logged):
+                turn = turn_of(
+                    self._scope,
+                    table,
+                    hop,
+                    some,
+                    there.get(table, {}),
+                    here.get(table, {}),
+                    is_settled=self._is_settled,
+                )
+                if turn.went:
+                    yield hop.child, self._children(self._destination, hop, table, turn.went)
+                if turn.came and (hop.is_loose or not is_logged):
+                    below = self._children(self._source, hop, table, turn.came)
+                    arrivals.append((table, hop, turn.came, below))
+                    yield hop.child, below
+
+    def _ties(
+        self, connection: psycopg.Connection[Any], asked: Mapping[Table, set[Key]]
+    ) -> Mapping[Table, Ties]:
+        """Return which of the keys have a row of the organization, and its `tie_columns`."""
+        if not asked:
+            return {}
+        tables = list(asked)
+        statement = sql.SQL(" UNION ALL ").join(
+            sql.SQL("SELECT {}, {}, ARRAY[{}]::text[] FROM {} AS t {} WHERE {}").format(
+                sql.Literal(number),
+                key_array(table, "t"),
+                sql.SQL(", ").join(
+                    key_text(table.column(name), "t") for name in tie_columns(self._scope, table)
+                ),
+                table.name.identifier,
+                keys_join(table, asked[table]),
+                self._scope.owned(table),
+            )
+            for number, table in enumerate(tables)
+        )
+        found: dict[Table, dict[Key, tuple[str | None, ...]]] = {}
+        for number, key, values in connection.execute(statement, prepare=False):
+            found.setdefault(tables[number], {})[tuple(key)] = tuple(values)
+        return found
+
+    def _insist_on_arrivals(self, arrivals: Arrivals) -> None:
+        """See that no row that was here came to be the organization's below a new one."""
+        for table, hop, came, below in arrivals:
+            if strange := self._children(self._destination, hop, table, came) - below:
+                raise VerificationFailed(
+                    f"row {', '.join(min(strange))} of {hop.child.name} at the destination did not"
+                    f" come with organization {self._scope.organization}, but refers to a row of"
+                    f" {table.name} that does",
+                    hint="delete it or let it refer to another row; then run the step again",
+                    organization=self._scope.organization,
+                    where=str(hop.child.name),
+                )
 
     def _hops(self, table: Table, *, loose_only: bool) -> tuple[ChildHop, ...]:
         if loose_only:

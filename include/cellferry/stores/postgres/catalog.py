@@ -214,6 +214,20 @@ class Catalog:
             found = self.types.get(type_oid)
         return type_oid
 
+    def part_schemas(self, type_oid: int) -> frozenset[str]:
+        """Schemas, beside pg_catalog, of all types that a type is made of, and its own."""
+        seen: set[int] = set()
+        unseen = {type_oid}
+        schemas = set()
+        while unseen:
+            oid = unseen.pop()
+            seen.add(oid)
+            if (found := self.types.get(oid)) is not None:
+                schemas.add(found.schema)
+                parts = {found.base, found.element, *found.attributes}
+                unseen |= {part for part in parts if part is not None} - seen
+        return frozenset(schemas)
+
 
 @cache
 def queries(file: str, package: str = __package__) -> Mapping[str, LiteralString]:

@@ -1,6 +1,9 @@
-"""The rows that are owned through others, and what joins the two."""
+"""The rows that are owned through others: what joins the two, and when they come and go."""
 
 from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 from psycopg import sql
 
@@ -8,12 +11,29 @@ from cellferry.stores.postgres.row_keys import key_array
 from cellferry.stores.postgres.schema import Hop, Table
 from cellferry.stores.postgres.scope import ChildHop, Key, Scope, keys_match, keys_relation
 
+#: By key, what children refer to in a row beside its key: the texts of `tie_columns`.
+Ties = Mapping[Key, tuple[str | None, ...]]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Rows below which children may come to be the organization's, and cease to be."""
+
+    came: set[Key]
+    went: set[Key]
+
 
 def children_of(
-    scope: Scope, child: Table, hop: Hop, parent: Table, keys: set[Key]
+    scope: Scope,
+    child: Table,
+    hop: Hop,
+    parent: Table,
+    keys: Collection[Key],
+    *,
+    at_most: int | None = None,
 ) -> sql.Composed:
     """Return a query for the keys of the organization's rows of `child` below `keys`."""
-    return sql.SQL("SELECT {} FROM {} AS t JOIN {} AS p ON {} JOIN {} ON {} WHERE {}").format(
+    return sql.SQL("SELECT {} FROM {} AS t JOIN {} AS p ON {} JOIN {} ON {} WHERE {}{}").format(
         key_array(child, "t"),
         child.name.identifier,
         parent.name.identifier,
@@ -21,19 +41,50 @@ def children_of(
         keys_relation(parent, keys),
         keys_match(parent, "p"),
         scope.owned(child),
+        sql.SQL("" if at_most is None else f" LIMIT {at_most}"),
     )
 
 
-def came_now(table: Table, hop: ChildHop, there: set[Key], here: set[Key]) -> set[Key]:
-    """Return the rows of `table` under which children may just have become the organization's.
+def tie_columns(scope: Scope, table: Table) -> tuple[str, ...]:
+    """Return the columns to which children refer and that may change in a row that stays."""
+    return tuple(
+        dict.fromkeys(
+            column
+            for hop in scope.children.get(table.name, ())
+            for column in hop.hop.parent_columns
+            if column not in table.primary_key
+        )
+    )
+
+
+def turn_of(
+    scope: Scope,
+    table: Table,
+    hop: ChildHop,
+    asked: Collection[Key],
+    there: Ties,
+    here: Ties,
+    *,
+    is_settled: bool,
+) -> Turn:
+    """Compare rows of `table` in both cells.
 
     Args:
-        there: keys that the source has a row of the organization of.
+        asked: the keys of these rows.
+        there: those that the source has a row of the organization of.
         here: those that the destination has one of.
+        is_settled: whether the children of rows that are here have come as well. Not before the
+            first complete round: a row may have been away while they were copied.
     """
-    if set(hop.hop.parent_columns) <= set(table.primary_key):
-        return there - here
-    return there  # what the children refer to may have changed in a row that stayed
+    columns = tie_columns(scope, table)
+    ours = [number for number, name in enumerate(columns) if name in hop.hop.parent_columns]
+    moved = {
+        key
+        for key in there.keys() & here.keys()
+        if any(there[key][number] != here[key][number] for number in ours)
+    }
+    came = (there.keys() - here.keys()) | moved if is_settled else set(there)
+    return Turn(came, (set(asked) - there.keys()) | moved)
 
 
 def tie(hop: Hop) -> sql.Composed:

@@ -428,6 +428,7 @@ def _column(catalog: Catalog, column: CatalogColumn) -> Column:
         identity=column.identity,
         collation=None if collation in _BYTEWISE else collation,
         deterministic=column.deterministic,
+        part_schemas=catalog.part_schemas(column.type_oid),
     )
 
 

@@ -27,7 +27,7 @@ from psycopg import sql
 from cellferry.model import Move
 from cellferry.stores.postgres import sessions
 from cellferry.stores.postgres.applied import Applied, Dirty, Keys, dangling
-from cellferry.stores.postgres.children import came_now, children_of
+from cellferry.stores.postgres.children import Ties, children_of, tie_columns, turn_of
 from cellferry.stores.postgres.deferrable import violations
 from cellferry.stores.postgres.ownership import owner_text
 from cellferry.stores.postgres.references import (
@@ -94,6 +94,7 @@ class Delta:
         scope: Scope,
         move: Move,
         references: ReferencedRows,
+        is_settled: Callable[[], bool],
         *,
         refuses_crossings: bool = True,
     ) -> None:
@@ -102,6 +103,7 @@ class Delta:
         self._scope = scope
         self._move = move
         self._references = references
+        self._is_settled = is_settled
         self._refuses_crossings = refuses_crossings
 
     def apply(self, keys: Keys, before_commit: Callable[[], None] | None) -> Applied | None:
@@ -218,7 +220,8 @@ class Delta:
         ):
             raise UnusualError
         for table, cursor in here.items():
-            self._insist_on_known_children(table, owned, read, {tuple(key) for (key,) in cursor})
+            ties = {tuple(key): tuple(values) for key, values in cursor}
+            self._insist_on_known_children(table, owned, read, ties)
         digest, missing = self._answers(looked_at)
         applied = _agreed(written, read, digest)
         brought, size = self._references.bring(missing)
@@ -251,18 +254,40 @@ class Delta:
                 yield hop.child, children_of(self._scope, hop.child, hop.hop, table, gone)
 
     def _insist_on_known_children(
-        self, table: Table, owned: Dirty, read: _Read, here: set[Key]
+        self, table: Table, owned: Dirty, read: _Read, here: Ties
     ) -> None:
-        """See that children at the source whose parent comes only now are dirty as well.
+        """See that children whose parent comes only now are dirty as well, in both cells.
+
+        Args:
+            here: the rows that were here before.
 
         Raises:
-            UnusualError: some are not.
+            UnusualError: some are not, or the parent may have lost some.
         """
+        numbers = _tie_numbers(self._scope, table)
+        there = {
+            key: tuple(None if number is None else row[number] for number in numbers)
+            for key, row in read.rows[table].items()
+        }
         for hop in self._scope.loose_children(table):
-            if came := came_now(table, hop, set(read.rows[table]), here):
-                query = children_of(self._scope, hop.child, hop.hop, table, came)
-                found = self._source.execute(query, prepare=False)
-                if not {tuple(key) for (key,) in found} <= owned.get(hop.child, set()):
+            turn = turn_of(
+                self._scope,
+                table,
+                hop,
+                there,
+                there,
+                here,
+                is_settled=self._is_settled(),
+            )
+            if turn.went:
+                raise UnusualError
+            known = owned.get(hop.child, set())
+            query = children_of(
+                self._scope, hop.child, hop.hop, table, turn.came, at_most=len(known) + 1
+            )
+            for connection in (self._source, self._destination) if turn.came else ():
+                found = connection.execute(query, prepare=False)
+                if not {tuple(key) for (key,) in found} <= known:
                     raise UnusualError
 
     def _checked(self, table: Table) -> tuple[ForeignKey, ...]:
@@ -392,11 +417,24 @@ def _orphan(table: Table) -> sql.Composed:
 
 @once_for_each_scope
 def _present(scope: Scope, table: Table) -> sql.Composed:
-    """Select the keys of the rows given by key that are there and owned."""
+    """Select key and `tie_columns` of the rows given by key that are there and owned."""
     return with_parameters(
-        sql.SQL("SELECT {} FROM {} AS t {} WHERE {}").format(
-            key_array(table, "t"), table.name.identifier, _join(table), scope.concerned(table)
+        sql.SQL("SELECT {}, ARRAY[{}]::text[] FROM {} AS t {} WHERE {}").format(
+            key_array(table, "t"),
+            sql.SQL(", ").join(_as_text(table.column(name)) for name in tie_columns(scope, table)),
+            table.name.identifier,
+            _join(table),
+            scope.concerned(table),
         )
+    )
+
+
+@once_for_each_scope
+def _tie_numbers(scope: Scope, table: Table) -> tuple[int | None, ...]:
+    """Return which of `copied_columns` the `tie_columns` are; None for generated ones."""
+    columns = [column.name for column in table.copied_columns]
+    return tuple(
+        columns.index(name) if name in columns else None for name in tie_columns(scope, table)
     )
 
 

@@ -247,6 +247,25 @@ AS $$
         WHERE gate.armed AND keys.key IS NOT NULL
 $$;
 
+-- A row refers to a parent that this transaction does not see. When that one commits, the row is its
+-- organization's, whose freeze must wait for this transaction as for its own writers: they all hold
+-- the lock. A gate that is not open any more cannot be passed: what is under it may have been seen.
+CREATE OR REPLACE FUNCTION cellferry.enter_all() RETURNS void LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    gate cellferry.gate;
+BEGIN
+    FOR gate IN SELECT * FROM cellferry.gate WHERE armed ORDER BY organization LOOP
+        PERFORM cellferry.enter(gate.organization, NULL, NULL, NULL);
+    END LOOP;
+EXCEPTION WHEN SQLSTATE 'CF001' THEN -- not that of whoever writes, as far as can be told
+    RAISE EXCEPTION 'organization % is being moved, and a row may belong to it', gate.organization
+        USING ERRCODE = 'CF002',
+              DETAIL = json_build_object('organization', gate.organization)::text,
+              HINT = 'Try again.';
+END $$;
+
 -- A row goes from one organization to another, and one of them has a gate. Rows below it would
 -- follow unseen, so it is refused while the organization moves.
 CREATE OR REPLACE FUNCTION cellferry.refuse_change(p_old text, p_new text, p_relation text)

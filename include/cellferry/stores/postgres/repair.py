@@ -75,6 +75,7 @@ class Repairer:
         started = time.monotonic()
         self._repaired = 0
         compared = 0
+        self._applier.unsettle()
         for table in self._scope.tables:
             self._progress.check()
             rows, pieces = self._verifier.suspects(table)

@@ -60,15 +60,18 @@ class Column:
     """Set for collatable types, when it is not `C` or `POSIX`."""
     deterministic: bool = True
     """Whether texts that are equal under the collation are the same bytes."""
+    part_schemas: frozenset[str] = frozenset()
+    """Schemas of what the type is made of: a domain's base, an array's element, fields."""
 
     @property
-    def type_schema(self) -> str | None:
-        """The schema of the type, when it is not pg_catalog."""
+    def type_schemas(self) -> frozenset[str]:
+        """The schemas of the type and of what it is made of, beside pg_catalog."""
         match = _QUALIFIED_TYPE.match(self.type)
         if match is None:
-            return None
+            return self.part_schemas
         found = match.group(1)
-        return found[1:-1].replace('""', '"') if found.startswith('"') else found
+        own = found[1:-1].replace('""', '"') if found.startswith('"') else found
+        return self.part_schemas | {own}
 
 
 _QUALIFIED_TYPE = re.compile(r'^("(?:[^"]|"")+"|[^".\s]+)\.')
@@ -263,11 +266,8 @@ class DataMap:
     @cached_property
     def type_schemas(self) -> frozenset[str]:
         """Schemas of the columns' types, beside pg_catalog: of extensions and of its own."""
-        return frozenset(
-            schema
-            for table in self.tables
-            for column in table.columns
-            if (schema := column.type_schema) is not None
+        return frozenset().union(
+            *(column.type_schemas for table in self.tables for column in table.columns)
         )
 
     @cached_property

@@ -29,8 +29,11 @@ class ChildHop:
 
     child: Table
     hop: Hop
-    is_enforced: bool
-    """Whether a constraint of the database keeps a parent for each child."""
+    is_loose: bool
+    """Whether children come to be the organization's, and cease to be, without being changed.
+
+    No constraint ties them to their parent, or none ties that one to its own.
+    """
 
 
 @dataclass(frozen=True)
@@ -104,23 +107,41 @@ class Scope:
             for key in self.data_map.foreign_keys
             if key.declared and key.trusted and not key.partial and not key.temporal
         }
+        hops = [
+            (child, hop)
+            for child in self.tables
+            for hop in dict.fromkeys(path.hops[0] for path in child.owners if path.hops)
+        ]
+        untied = {
+            (child.name, hop)
+            for child, hop in hops
+            if (child.name, hop.columns, hop.parent, hop.parent_columns) not in enforced
+        }
+        # Tables may own each other in a circle, so until no more are found.
+        loose: set[Name] = set()
+        while (
+            more := {
+                child.name
+                for child, hop in hops
+                if (child.name, hop) in untied or hop.parent in loose
+            }
+            - loose
+        ):
+            loose |= more
         found: dict[Name, list[ChildHop]] = {}
-        for child in self.tables:
-            hops = {path.hops[0]: None for path in child.owners if path.hops}
-            for hop in hops:
-                constraint = (child.name, hop.columns, hop.parent, hop.parent_columns)
-                found.setdefault(hop.parent, []).append(
-                    ChildHop(child, hop, is_enforced=constraint in enforced)
-                )
-        return {name: tuple(hops) for name, hops in found.items()}
+        for child, hop in hops:
+            is_loose = (child.name, hop) in untied or hop.parent in loose
+            found.setdefault(hop.parent, []).append(ChildHop(child, hop, is_loose))
+        return {name: tuple(some) for name, some in found.items()}
 
     def loose_children(self, table: Table) -> tuple[ChildHop, ...]:
-        """Those of `children` that no constraint ties to their parent.
+        """Those of `children` of whose coming and going a key log need not tell."""
+        return tuple(hop for hop in self.children.get(table.name, ()) if hop.is_loose)
 
-        They may be there before it, and stay when it is gone: they come to be the organization's,
-        and cease to be, without a change of their own that a key log would hold.
-        """
-        return tuple(hop for hop in self.children.get(table.name, ()) if not hop.is_enforced)
+    @cached_property
+    def has_loose_children(self) -> bool:
+        """Whether any table has loose children."""
+        return any(map(self.loose_children, self.tables))
 
     def owned(self, table: Table, row: str = "t") -> sql.Composable:
         """Return the condition that the row called `row` is the organization's."""

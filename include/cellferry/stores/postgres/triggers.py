@@ -17,7 +17,7 @@ from typing import LiteralString
 
 from psycopg import sql
 
-from cellferry.stores.postgres.ownership import owner_text
+from cellferry.stores.postgres.ownership import awaits_parent, owner_text
 from cellferry.stores.postgres.row_keys import key_array
 from cellferry.stores.postgres.schema import (
     Column,
@@ -120,7 +120,7 @@ def _gate(data_map: DataMap, table: Table, *, is_parent: bool) -> Installation:
         body = sql.Composed([_path_look(table), _pass_gate(table, is_parent)])
         options = _search_path(data_map, table)
     text = sql.SQL(
-        "DECLARE\n    owner_old text;\n    owner_new text;\n"
+        "DECLARE\n    owner_old text;\n    owner_new text;\n    waits boolean;\n"
         "    key_old text[];\n    key_new text[];\nBEGIN\n{}END"
     ).format(body)
     return _installation("gate", GATE_TRIGGER, table, text, options)
@@ -223,6 +223,7 @@ _DIRECT_LOOK = sql.SQL(
 """
 )
 
+_NOT_ENTERED = sql.SQL("")
 _UNKNOWN = sql.SQL("owner_old IS NULL AND owner_new IS NULL")
 
 
@@ -300,7 +301,7 @@ def _path_look(table: Table) -> sql.Composed:
         leave=_RETURN,
         same=_same_path(table),
         unmarked=_unmarked(sql.SQL("owner_new")),
-        unknown=_log_for_all(table, _UNKNOWN),
+        unknown=_log_for_all(table, _UNKNOWN, _enter_all(table)),
         **_words(table),
     )
 
@@ -335,20 +336,41 @@ def _keys(table: Table) -> sql.Composed:
     ).format(key_array(table, "OLD"), key_array(table, "NEW"))
 
 
-def _log_for_all(table: Table, condition: sql.Composable) -> sql.Composed:
+def _log_for_all(
+    table: Table, condition: sql.Composable, entered: sql.Composable = _NOT_ENTERED
+) -> sql.Composed:
     return sql.SQL(
         """
     IF {condition} THEN
-        IF EXISTS (SELECT FROM cellferry.gate WHERE armed) THEN{keys}
+        IF EXISTS (SELECT FROM cellferry.gate WHERE armed) THEN{keys}{entered}
             PERFORM cellferry.log_for_all({relation}, key_old, key_new);
         END IF;{leave}    END IF;
 """
     ).format(
         condition=condition,
         keys=_keys(table),
+        entered=entered,
         relation=sql.Literal(str(table.name)),
         leave=_RETURN,
     )
+
+
+def _enter_all(table: Table) -> sql.Composed:
+    """A row whose parent is not there may become any organization's, when that one commits."""
+    return sql.SQL(
+        """
+            IF TG_OP = 'DELETE' THEN
+                -- In a cascade the parent went in this transaction, which passed its gate there.
+                waits := pg_catalog.pg_trigger_depth() = 1 AND {old};
+            ELSIF TG_OP = 'UPDATE' THEN
+                waits := {new} OR {old};
+            ELSE
+                waits := {new};
+            END IF;
+            IF waits THEN
+                PERFORM cellferry.enter_all();
+            END IF;"""
+    ).format(old=awaits_parent(table, "OLD"), new=awaits_parent(table, "NEW"))
 
 
 def _pass_gate(table: Table, is_parent: bool) -> sql.Composed:
@@ -395,8 +417,8 @@ def _is_refused(table: Table, is_parent: bool) -> sql.Composable:
 
 def _search_path(data_map: DataMap, table: Table) -> sql.Composable:
     """A fixed search path, with the schemas of the operators that the path's columns need."""
-    compared = {column.type_schema for column in _compared(data_map, table)}
-    schemas = sorted(schema for schema in compared if schema is not None)
+    compared = (column.type_schemas for column in _compared(data_map, table))
+    schemas = sorted(frozenset[str]().union(*compared))
     return sql.SQL("\nSET search_path = {}").format(
         sql.SQL(", ").join(
             [sql.SQL("pg_catalog"), *map(sql.Identifier, schemas), sql.SQL("pg_temp")]
