@@ -653,6 +653,10 @@ WRONG = {
         "tables: {things: {owners: [{through: users, columns: [org]}]}}",
         "no path leads",
     ),
+    "a tree": (
+        "tables: {things: {owners: [{column: org}, {through: things, columns: [id]}]}}",
+        "through rows of their own table",
+    ),
     "no such key column": ("organization: {key_columns: [tenant]}", "no table has a column"),
     "a key that is none": ("tables: {things: {key: [org]}}", "identifies every row"),
     "columns that do not match": (

@@ -59,6 +59,22 @@ def test_ownership_in_circles_is_seen(tables: list[Table], circular: bool) -> No
 
 
 @pytest.mark.parametrize(
+    ("tables", "entangled"),
+    [
+        ([table("note", "issue"), table("issue", "project"), table("project")], set()),
+        ([table("folder", "folder"), table("file", "folder"), table("user")], {"folder", "file"}),
+        ([table("box", "shelf"), table("shelf", "box"), table("room")], {"box", "shelf"}),
+        ([table("a", "b"), table("b", "c"), table("c", "a"), table("d", "a")], {*"abcd"}),
+    ],
+    ids=["a chain", "a tree", "two that own each other", "three in a circle"],
+)
+def test_tables_of_which_no_row_can_go_first_are_told(
+    tables: list[Table], entangled: set[str]
+) -> None:
+    assert {one.name.name for one in scope(*tables).entangled} == entangled
+
+
+@pytest.mark.parametrize(
     ("condition", "tangled"),
     [("{row}.type = 'Issue'", False), ("EXISTS (SELECT FROM issues WHERE open)", True)],
 )

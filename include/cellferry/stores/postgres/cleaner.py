@@ -86,8 +86,10 @@ class Cleaner:
         started = time.monotonic()
         with self._batch():
             self._refuse_if_referred_to()
+        self._delete_entangled()
         for table in reversed(self._scope.tables):
-            self._delete_table(table)
+            if table not in self._scope.entangled:
+                self._delete_table(table)
         notes = self._delete_imported()
         if self._deleted:
             notes = (
@@ -163,6 +165,41 @@ class Cleaner:
             owned=self._scope.owned(parent, "p"),
             stays=stays,
         )
+
+    def _delete_entangled(self) -> None:
+        """Delete from all tables at once of which none can go first.
+
+        Every part of the statement sees the tables as before.
+        """
+        tables = self._scope.entangled
+        if not tables:
+            return
+        self._progress.check()
+        numbers = range(len(tables))
+        with self._batch():
+            row = self._connection.execute(
+                sql.SQL("WITH {} SELECT {}").format(
+                    sql.SQL(", ").join(
+                        sql.SQL("d{} AS (DELETE FROM {} AS t WHERE {} RETURNING 1)").format(
+                            sql.SQL(str(number)),
+                            tables[number].name.identifier,
+                            self._scope.owned(tables[number]),
+                        )
+                        for number in numbers
+                    ),
+                    sql.SQL(" + ").join(
+                        sql.SQL("(SELECT count(*) FROM d{})").format(sql.SQL(str(number)))
+                        for number in numbers
+                    ),
+                )
+            ).fetchone()
+            deleted = int(row[0]) if row else 0
+        reach(Phase.CLEANUP_BATCH)
+        self._deleted += deleted
+        self._progress.report(
+            "postgres", "cleanup", self._deleted, None, "rows", str(tables[0].name)
+        )
+        self._throttle.take(deleted, self._progress.check)
 
     def _delete_table(self, table: Table) -> None:
         after: Key | None = None

@@ -242,6 +242,13 @@ class _Lookup:
             columns = self.usable_columns(f"{place}.column", table, [owner.column])
             return StatedLink(columns=columns, when=owner.when)
         parent = self.table(f"{place}.through", owner.through or "")
+        if parent == table:
+            raise self.file.fault(
+                f"{place}.through",
+                f"rows of {table} cannot be owned through rows of their own table: how deep they"
+                " are is not known, and those farther down would stay behind",
+                "give each row the organization's key, or a way through another table",
+            )
         if owner.columns is None:
             columns, theirs = self._only_key(place, table, parent, stated_keys)
         else:

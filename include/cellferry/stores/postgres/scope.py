@@ -83,15 +83,43 @@ class Scope:
         """
         position = {table.name: number for number, table in enumerate(self.tables)}
         return any(
-            position.get(hop.parent, -1) > position[table.name]
+            _asks_others(table)
+            or any(
+                position.get(hop.parent, -1) > position[table.name]
+                for path in table.owners
+                for hop in path.hops
+            )
             for table in self.tables
-            for path in table.owners
-            for hop in path.hops
-        ) or any(
-            condition is not None and "select" in condition.lower()
+        )
+
+    @cached_property
+    def entangled(self) -> tuple[Table, ...]:
+        """Tables of which no batch of rows may go before the others: what is left is nobody's.
+
+        Those whose guards ask each other in a circle, their own table, or whatever a path's
+        condition asks; and all that are owned through them.
+        """
+        above = {
+            table.name: {hop.parent for path in table.owners for hop in path.hops}
             for table in self.tables
-            for path in table.owners
-            for condition in (path.when, *(hop.when for hop in path.hops))
+        }
+        while True:
+            farther = {
+                name: parents.union(*(above.get(parent, set()) for parent in parents))
+                for name, parents in above.items()
+            }
+            if farther == above:
+                break
+            above = farther
+        core = {
+            table.name
+            for table in self.tables
+            if table.name in above[table.name] or _asks_others(table)
+        }
+        return tuple(
+            table
+            for table in self.tables
+            if table.name in core or not core.isdisjoint(above[table.name])
         )
 
     @cached_property
@@ -178,6 +206,14 @@ def once_for_each_scope(
         return result
 
     return kept
+
+
+def _asks_others(table: Table) -> bool:
+    return any(
+        condition is not None and "select" in condition.lower()
+        for path in table.owners
+        for condition in (path.when, *(hop.when for hop in path.hops))
+    )
 
 
 @once_for_each_scope
