@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 from cellferry.errors import DrainTimeout, VerificationFailed
 from cellferry.model import Side
 from cellferry.stores.postgres import copier, delta
 from cellferry.stores.postgres.checkpoints import Checkpoint
+from cellferry.stores.postgres.gate import LOOSE_LOCK
 from cellferry.stores.postgres.schema import Table
 from cellferry.stores.postgres.store import PostgresMove
 from fixtures.ferry import Ferry, ferry_with
@@ -274,41 +276,147 @@ def test_a_row_of_the_new_cell_is_not_taken_when_a_page_arrives_above_it(ferry: 
     assert (90,) in ferry.run(Side.DESTINATION, "SELECT id FROM comments")
 
 
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "INSERT INTO comments VALUES (95, 'nine', 9, 'its page is not there yet')",
-        "UPDATE comments SET body = 'changed' WHERE id = 90",
-        "DELETE FROM comments WHERE id = 90",
-    ],
-)
+@pytest.mark.parametrize("ends", ["CASCADE", "SET NULL"])
+def test_a_cascade_of_a_neighbour_does_not_wait_for_a_writer_of_loose_rows(
+    fresh_databases: Callable[[], FreshDatabases], tmp_path: Path, ends: str
+) -> None:
+    """The parent is gone for the row's trigger, but by the hand of its own transaction."""
+    ferry = ferry_with(
+        fresh_databases(),
+        TABLES.replace("NOT NULL REFERENCES public.comments ON DELETE CASCADE",
+                       f"REFERENCES public.comments ON DELETE {ends}"),
+        tmp_path / "map.yaml",
+        "foreign_keys: [{table: comments, columns: [page_id], references: pages}]",
+    )  # fmt: skip
+    ferry.run(Side.SOURCE, ROWS)
+    ferry.run(Side.SOURCE, "INSERT INTO reactions VALUES (700, 70, '+')")
+    with ferry.opened() as move:
+        caught_up(ferry, move)
+        with ferry.session(Side.SOURCE) as controller:
+            controller.execute("SELECT pg_advisory_lock(%s)", (LOOSE_LOCK,))
+            ferry.run(
+                Side.SOURCE, "SET statement_timeout = '2s'; DELETE FROM comments WHERE id = 70"
+            )
+            with pytest.raises(psycopg.DatabaseError, match="the row may belong to"):
+                ferry.run(Side.SOURCE, "DELETE FROM comments WHERE id = 90")
+
+
+SWEEP = """
+CREATE FUNCTION sweep() RETURNS trigger LANGUAGE plpgsql AS
+    'BEGIN DELETE FROM comments WHERE id = 90; RETURN NULL; END';
+CREATE TRIGGER sweep AFTER INSERT ON pages FOR EACH ROW WHEN (NEW.organization_id = 2)
+    EXECUTE FUNCTION sweep();
+"""
+#: Each changes a comment whose page 9 is not seen yet.
+LOOSE_WRITES = {
+    "a new comment": "INSERT INTO comments VALUES (95, 'nine', 9, 'its page is not there yet')",
+    "a changed comment": "UPDATE comments SET body = 'changed' WHERE id = 90",
+    "a deleted comment": "DELETE FROM comments WHERE id = 90",
+    "a neighbour's comment that comes": (
+        "UPDATE comments SET page_id = 9, page_slug = 'nine' WHERE id = 70"
+    ),
+    "a comment that a neighbour gets": (
+        "UPDATE comments SET page_id = 7, page_slug = 'seven' WHERE id = 90"
+    ),
+    "a comment that a trigger deletes": "INSERT INTO pages VALUES (77, 2, 'a neighbour''s')",
+}
+
+
+def nine(ferry: Ferry, side: Side) -> list[tuple[int, str]]:
+    return ferry.run(side, "SELECT id, body FROM comments WHERE page_id = 9 ORDER BY 1")
+
+
+@pytest.mark.parametrize("statement", LOOSE_WRITES.values(), ids=LOOSE_WRITES.keys())
 def test_a_freeze_waits_for_a_writer_whose_row_becomes_the_organizations_meanwhile(
     ferry: Ferry, statement: str
 ) -> None:
-    def nine(side: Side) -> list[tuple[int, str]]:
-        return ferry.run(side, "SELECT id, body FROM comments WHERE page_id = 9 ORDER BY 1")
-
+    for side in Side:
+        ferry.run(side, SWEEP)
     with ferry.opened() as move:
         caught_up(ferry, move)
         move.catch_up()
         with ferry.session(Side.SOURCE) as writer:
             writer.execute("BEGIN")
-            writer.execute(statement)
+            writer.execute(statement.encode())
             ferry.run(Side.SOURCE, "INSERT INTO pages VALUES (9, 1, 'nine')")
-            with pytest.raises(DrainTimeout):
+            with pytest.raises(DrainTimeout, match="open for"):
                 move.freeze(0.5)
             move.thaw()
             writer.execute("COMMIT")
         cut_over(move)
-        assert nine(Side.DESTINATION) == nine(Side.SOURCE)
+        assert nine(ferry, Side.DESTINATION) == nine(ferry, Side.SOURCE)
 
 
-def test_a_cascade_of_a_neighbour_does_not_wait_for_a_frozen_organization(ferry: Ferry) -> None:
-    ferry.run(Side.SOURCE, "INSERT INTO reactions VALUES (700, 70, '+')")
+@pytest.mark.parametrize("isolation", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
+def test_a_loose_writer_that_comes_after_a_freeze_looks_again_whose_its_row_is(
+    ferry: Ferry, isolation: str
+) -> None:
+    """It took its snapshot when the page was not there; then the page came, and the freeze."""
+    with ferry.opened() as move:
+        caught_up(ferry, move)
+        move.catch_up()
+        with ferry.session(Side.SOURCE) as writer:
+            writer.execute(f"BEGIN ISOLATION LEVEL {isolation}".encode())
+            writer.execute("SELECT count(*) FROM pages")
+            ferry.run(Side.SOURCE, "INSERT INTO pages VALUES (9, 1, 'nine')")
+            cut_over(move)
+            with pytest.raises(psycopg.DatabaseError) as caught:
+                writer.execute("INSERT INTO comments VALUES (95, 'nine', 9, 'late')")
+        assert caught.value.sqlstate == ("CF001" if isolation == "READ COMMITTED" else "40001")
+        assert nine(ferry, Side.DESTINATION) == nine(ferry, Side.SOURCE)
+
+
+def test_loose_rows_can_be_written_at_both_cells_in_the_middle_of_a_cutover(ferry: Ferry) -> None:
     with ferry.opened() as move:
         caught_up(ferry, move)
         move.catch_up()
         move.freeze(60.0)
-        ferry.run(Side.SOURCE, "SET statement_timeout = '2s'; DELETE FROM comments WHERE id = 70")
-        assert (700,) not in ferry.run(Side.SOURCE, "SELECT id FROM reactions")
+        move.finish()
+        for side in Side:
+            ferry.run(side, "SET statement_timeout = '2s';"
+                      "INSERT INTO comments VALUES (7000, 'x', 12345, 'of nobody')")  # fmt: skip
+        move.hand_over()
+        move.release()
+
+
+@pytest.mark.usefixtures("quickly")
+def test_an_orphan_that_stayed_does_not_stop_the_way_back(ferry: Ferry) -> None:
+    """Its page comes at the new cell; the old cell has it already, below nothing."""
+    with ferry.opened() as move:
+        caught_up(ferry, move)
+        move.catch_up()
         cut_over(move)
+    with ferry.opened(ferry.move().turned()) as back:
+        back.open_capture()
+        back.sync()
+        ferry.run(Side.DESTINATION, "INSERT INTO pages VALUES (9, 1, 'nine')")
+        back.sync()
+        assert ferry.run(Side.SOURCE, "SELECT id FROM pages WHERE id = 9") == [(9,)]
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize("ferry", ["id"], indirect=True)
+def test_comments_of_a_page_that_came_and_went_during_the_copy_do_not_stay(
+    ferry: Ferry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_table = copier._TableCopier.copy
+
+    def copied(self: copier._TableCopier, table: Table, mark: Checkpoint) -> None:
+        if table.name.name == "comments":
+            ferry.run(Side.SOURCE, "INSERT INTO pages VALUES (9, 1, 'nine')")
+        copy_table(self, table, mark)
+        if table.name.name == "reactions":
+            ferry.run(Side.SOURCE, "DELETE FROM pages WHERE id = 9")
+
+    monkeypatch.setattr(copier._TableCopier, "copy", copied)
+    theirs = ferry.run(Side.DESTINATION, "SELECT id FROM comments ORDER BY 1")
+    with ferry.opened() as move:
+        move.open_capture()
+        move.copy()
+        assert (90,) in ferry.run(Side.DESTINATION, "SELECT id FROM comments"), "shows nothing"
+        move.sync()
+        assert move.verify().ok
+    assert ferry.run(Side.DESTINATION, "SELECT id FROM comments ORDER BY 1") == [
+        *theirs, (50,), (51,), (60,),
+    ]  # fmt: skip
+    assert (900,) not in ferry.run(Side.DESTINATION, "SELECT id FROM reactions")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import psycopg
@@ -20,7 +20,14 @@ from cellferry.model import Move
 from cellferry.stores.postgres import checkpoints, gate
 from cellferry.stores.postgres.applied import Applied, Keys, dangling, deletes, digests
 from cellferry.stores.postgres.checkpoints import Checkpoint
-from cellferry.stores.postgres.children import Ties, children_of, tie, tie_columns, turn_of
+from cellferry.stores.postgres.children import (
+    Ties,
+    children_of,
+    strays_of,
+    tie,
+    tie_columns,
+    turn_of,
+)
 from cellferry.stores.postgres.conflicts import WAITING_ROOM, admit, clear_the_way, waiting_room
 from cellferry.stores.postgres.delta import REFUSED, Delta, UnusualError
 from cellferry.stores.postgres.ownership import awaits_parent, owner_text
@@ -35,6 +42,7 @@ from cellferry.stores.postgres.scope import (
     keys_match,
     keys_relation,
     present_keys,
+    row_hash,
 )
 from cellferry.stores.postgres.transactions import snapshot, write
 from cellferry.stores.postgres.wire import Wire
@@ -98,7 +106,8 @@ class Applier:
         if self._is_settled:
             return
         marks = checkpoints.read(self._destination, self._move.migration)
-        if all(mark.done for name, mark in marks.items() if name in self._scope.by_relation):
+        copied = {name for name, mark in marks.items() if mark.done}
+        if self._move.returning or copied >= {str(table.name) for table in self._scope.tables}:
             with write(self._destination, self._move):
                 checkpoints.write(self._destination, self._move.migration, Checkpoint(SETTLED))
             self._is_settled = True
@@ -291,8 +300,10 @@ class Applier:
             in_the_way: dict[Table, set[Key]] = {}
             for table in self._scope.tables:
                 if table in pending:
-                    cleared = self._insert(table, pending[table], applied, careful=careful)
-                    in_the_way[table] = cleared
+                    cleared = self._insert(
+                        table, pending[table], applied, in_the_way, careful=careful
+                    )
+                    in_the_way.setdefault(table, set()).update(cleared)
             for table, some in pending.items():
                 done.setdefault(str(table.name), set()).update(some)
             pending = {
@@ -305,7 +316,8 @@ class Applier:
             applied.rows += brought
             applied.bytes += size
             self._compare(done, applied)
-        if complete and self._is_settled:  # otherwise a verification is still to come
+        if complete and self._is_settled and self._refuses_crossings:
+            # Before the first complete round a verification is still to come.
             self._insist_on_arrivals(arrivals)
         applied.keys = sum(len(some) for some in done.values())
         return applied
@@ -320,24 +332,26 @@ class Applier:
         A child that was copied after its parent's turn waits for the parent; when both are gone
         at the source before that, the parent never comes and the guard of `_delete` would keep
         the child for ever. It goes unless the source says that it is another organization's, of
-        which a move may be under way as well. A row that awaits no parent was not copied: it is
-        nobody's, and stays.
+        which a move may be under way as well, or has another row of nobody. A row that awaits no
+        parent was not copied: it is nobody's, and stays.
         """
         asked = {table: keys for table, keys in pending.items() if not table.has_direct_owner}
-        orphans = self._select_keys(
+        orphans = self._select_hashes(
             self._destination,
             asked,
             lambda table: sql.SQL("({}) IS NULL AND {}").format(
                 owner_text(table, "t"), awaits_parent(table, "t")
             ),
         )
-        others = self._select_keys(
+        others = self._select_hashes(
             self._source,
-            orphans,
+            {table: set(found) for table, found in orphans.items()},
             lambda table: sql.SQL("({}) IS NOT TRUE").format(self._scope.owned(table)),
         )
-        for table, keys in orphans.items():
-            if mine := keys - others.get(table, set()):
+        for table, here in orphans.items():
+            there = others.get(table, {})
+            # Equal: also that both are nobody's.
+            if mine := {key for key in here if key not in there or there[key] == here[key]}:
                 self._destination.execute(
                     sql.SQL("DELETE FROM {} AS t USING {} WHERE {}").format(
                         table.name.identifier, keys_relation(table, mine), keys_match(table)
@@ -345,31 +359,47 @@ class Applier:
                     prepare=False,
                 )
 
-    def _select_keys(
+    def _select_hashes(
         self,
         connection: psycopg.Connection[Any],
         asked: Mapping[Table, set[Key]],
         condition: Callable[[Table], sql.Composable],
-    ) -> dict[Table, set[Key]]:
-        """Return which of the keys have a row that fulfils `condition`, in one query."""
+    ) -> dict[Table, dict[Key, tuple[int, bool]]]:
+        """Return of the rows that fulfil `condition` the hash, and whether they are nobody's."""
         if not asked:
             return {}
         tables = list(asked)
         statement = sql.SQL(" UNION ALL ").join(
-            sql.SQL("SELECT {}, {} FROM {} AS t {} WHERE {}").format(
+            sql.SQL("SELECT {}, {}, {}, ({}) IS NULL FROM {} AS t {} WHERE {}").format(
                 sql.Literal(number),
                 key_array(table, "t"),
+                row_hash(table),
+                owner_text(table, "t"),
                 table.name.identifier,
                 keys_join(table, asked[table]),
                 condition(table),
             )
             for number, table in enumerate(tables)
         )
-        found = _grouped(connection.execute(statement, prepare=False))
-        return {tables[number]: keys for number, keys in found}
+        found: dict[Table, dict[Key, tuple[int, bool]]] = {}
+        for number, key, value, is_nobodys in connection.execute(statement, prepare=False):
+            found.setdefault(tables[number], {})[tuple(key)] = (int(value), is_nobodys)
+        return found
 
-    def _insert(self, table: Table, keys: set[Key], applied: Applied, *, careful: bool) -> set[Key]:
-        """Copy the current rows of `keys`; return the keys of rows that were in their way."""
+    def _insert(
+        self,
+        table: Table,
+        keys: set[Key],
+        applied: Applied,
+        stranded: dict[Table, set[Key]],
+        *,
+        careful: bool,
+    ) -> set[Key]:
+        """Copy the current rows of `keys`; return the keys of rows that were in their way.
+
+        Args:
+            stranded: gets the children that those leave behind.
+        """
         body = sql.SQL("FROM {} AS t {} WHERE {}").format(
             table.name.identifier, keys_join(table, keys), self._scope.owned(table)
         )
@@ -381,13 +411,21 @@ class Applier:
                 self._delete({table: keys})
             with waiting_room(self._destination, table):
                 rows, size = self._references.carry(table, body, WAITING_ROOM)
-                cleared = clear_the_way(self._destination, self._scope, table)
+                cleared = clear_the_way(
+                    self._destination, self._scope, table, partial(self._strand, stranded, table)
+                )
                 admit(self._destination, table)
         else:
             rows, size = self._references.carry(table, body)
         applied.rows += rows
         applied.bytes += size
         return cleared
+
+    def _strand(self, stranded: dict[Table, set[Key]], table: Table, gone: set[Key]) -> None:
+        # Asked while the rows are there: without them nothing tells whose their children are.
+        for hop in self._scope.loose_children(table):
+            below = self._children(self._destination, hop, table, gone)
+            stranded.setdefault(hop.child, set()).update(below)
 
     def _add_dependents(
         self,
@@ -448,6 +486,11 @@ class Applier:
                 )
                 if turn.went:
                     yield hop.child, self._children(self._destination, hop, table, turn.went)
+                gone = some - there.get(table, {}).keys()
+                if gone and not self._is_settled:
+                    # They may have come and gone while they were not copied, and their children
+                    # were.
+                    yield hop.child, self._strays(hop, table, gone)
                 if turn.came and (hop.is_loose or not is_logged):
                     below = self._children(self._source, hop, table, turn.came)
                     arrivals.append((table, hop, turn.came, below))
@@ -521,6 +564,12 @@ class Applier:
     ) -> set[Key]:
         statement = children_of(self._scope, hop.child, hop.hop, parent, keys)
         return {tuple(key) for (key,) in connection.execute(statement, prepare=False)}
+
+    def _strays(self, hop: ChildHop, parent: Table, keys: set[Key]) -> set[Key]:
+        if not hop.is_loose or not set(hop.hop.parent_columns) <= set(parent.primary_key):
+            return set()
+        statement = strays_of(hop.child, hop.hop, parent, keys)
+        return {tuple(key) for (key,) in self._destination.execute(statement, prepare=False)}
 
     def _parents_missing(self, child: Table, hop: Hop, parent: Table, keys: set[Key]) -> set[Key]:
         wanted = {

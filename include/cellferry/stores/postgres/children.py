@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from psycopg import sql
 
+from cellferry.stores.postgres.ownership import owner_text
 from cellferry.stores.postgres.row_keys import key_array
 from cellferry.stores.postgres.schema import Hop, Table
 from cellferry.stores.postgres.scope import ChildHop, Key, Scope, keys_match, keys_relation
@@ -85,6 +86,27 @@ def turn_of(
     }
     came = (there.keys() - here.keys()) | moved if is_settled else set(there)
     return Turn(came, (set(asked) - there.keys()) | moved)
+
+
+def strays_of(child: Table, hop: Hop, parent: Table, keys: Collection[Key]) -> sql.Composed:
+    """Return a query for the rows of `child` below `keys` that nothing tells whose they are.
+
+    By the keys alone, to which the child must refer: the parents are not there.
+    """
+    return sql.SQL("SELECT {} FROM {} AS t JOIN {} ON {} WHERE ({}) IS NULL").format(
+        key_array(child, "t"),
+        child.name.identifier,
+        keys_relation(parent, keys),
+        sql.SQL(" AND ").join(
+            sql.SQL("{} = {}::{}").format(
+                sql.Identifier("t", ours),
+                sql.Identifier("k", f"k{parent.primary_key.index(theirs) + 1}"),
+                sql.SQL(parent.column(theirs).type),
+            )
+            for ours, theirs in zip(hop.columns, hop.parent_columns, strict=True)
+        ),
+        owner_text(child, "t"),
+    )
 
 
 def tie(hop: Hop) -> sql.Composed:

@@ -7,7 +7,7 @@ bring it back as it is now. A row of anybody else is a collision, which only a p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -93,8 +93,16 @@ def admit(connection: psycopg.Connection[Any], table: Table) -> None:
     )
 
 
-def clear_the_way(connection: psycopg.Connection[Any], scope: Scope, table: Table) -> set[Key]:
+def clear_the_way(
+    connection: psycopg.Connection[Any],
+    scope: Scope,
+    table: Table,
+    before: Callable[[set[Key]], None] | None = None,
+) -> set[Key]:
     """Delete the organization's own rows that conflict with what waits; return their keys.
+
+    Args:
+        before: called with these keys before their rows are deleted, if there are any.
 
     Raises:
         PermanentError: a row that is not the organization's stands in the way.
@@ -118,6 +126,8 @@ def clear_the_way(connection: psycopg.Connection[Any], scope: Scope, table: Tabl
                 where=str(table.name),
             )
     if cleared:
+        if before is not None:
+            before(cleared)
         connection.execute(
             sql.SQL("DELETE FROM {} AS t USING {} WHERE {} AND {}").format(
                 table.name.identifier,

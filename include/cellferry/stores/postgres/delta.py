@@ -177,6 +177,12 @@ class Delta:
             UnusualError, psycopg.errors.UniqueViolation, psycopg.errors.ExclusionViolation: it
                 needs the general way.
         """
+        if not self._is_settled() and any(
+            some - read.rows[table].keys()
+            for table, some in owned.items()
+            if self._scope.loose_children(table)
+        ):
+            raise UnusualError  # children may have come without it
         # A shared row that is gone at the source stays: nobody's row is deleted by a move.
         shared = {table: set(rows) for table in held if (rows := read.rows[table])}
         written = {**owned, **shared}
@@ -285,7 +291,10 @@ class Delta:
             query = children_of(
                 self._scope, hop.child, hop.hop, table, turn.came, at_most=len(known) + 1
             )
-            for connection in (self._source, self._destination) if turn.came else ():
+            sides = (
+                (self._source, self._destination) if self._refuses_crossings else (self._source,)
+            )
+            for connection in sides if turn.came else ():
                 found = connection.execute(query, prepare=False)
                 if not {tuple(key) for (key,) in found} <= known:
                     raise UnusualError

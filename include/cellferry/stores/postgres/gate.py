@@ -50,6 +50,9 @@ LONGEST_DRAIN_ATTEMPT_S = 1.0
 
 POLL_S = 0.02
 
+LOOSE_LOCK = 1128614988 << 32
+"""What `cellferry.enter_loosely` takes the shared side of; no gate has this number."""
+
 STANDSTILL_S = 20
 """How long a controller may stand still while it makes a gate."""
 
@@ -728,6 +731,7 @@ class Barrier:
                 with session.pipeline():
                     sessions.set_for_session(session, "lock_timeout", "0")
                     changed = _send(session, self._move, _FREEZE)
+                    session.execute("SELECT pg_advisory_unlock(%s)", (LOOSE_LOCK,))
                 _insist_on_change(changed, session, self._move, Side.SOURCE, "frozen")
             except BaseException:
                 self.release()
@@ -781,7 +785,10 @@ class Barrier:
         return found is not None and found.settled and found.armed
 
     def _lock(self, session: Connection, key: int, deadline: float) -> None:
-        """Get the lock by `deadline`; leaves the session with a `lock_timeout`."""
+        """Get the lock by `deadline`, and that of writers whose rows may be the organization's.
+
+        Leaves the session with a `lock_timeout`.
+        """
         attempt_s = self._move.limits.drain_attempt_s
         while True:
             left = deadline - time.monotonic()
@@ -789,8 +796,11 @@ class Barrier:
                 session, "lock_timeout", f"{max(1, round(1000 * min(attempt_s, left)))}ms"
             )
             try:
-                session.execute("SELECT pg_advisory_lock(%s)", (key,))
+                session.execute(
+                    "SELECT pg_advisory_lock(%s), pg_advisory_lock(%s)", (key, LOOSE_LOCK)
+                )
             except psycopg.errors.LockNotAvailable:
+                session.execute("SELECT pg_advisory_unlock_all()")  # it may have got the first
                 # Only an attempt that began too late is the last one: this process may have stood
                 # still meanwhile, or have taken all the time to connect.
                 if left <= 0:
@@ -807,8 +817,10 @@ class Barrier:
         holders = [
             OpenTransaction("", row[0], row[1], row[2], _seconds(row[3]), _seconds(row[4]))
             for row in session.execute(
-                "SELECT pid, application, role, age, statement_age FROM cellferry.gate_holders(%s)",
-                (key,),
+                "SELECT DISTINCT ON (pid) pid, application, role, age, statement_age FROM"
+                " (SELECT * FROM cellferry.gate_holders(%s)"
+                " UNION ALL SELECT * FROM cellferry.gate_holders(%s)) AS holder",
+                (key, LOOSE_LOCK),
             )
         ]
         named = "; ".join(map(str, holders[:5])) or "they ended just now"

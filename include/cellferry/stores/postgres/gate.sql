@@ -173,7 +173,8 @@ AS $$
 BEGIN
     PERFORM pg_advisory_xact_lock_shared(p_lock_key);
 EXCEPTION WHEN lock_not_available THEN
-    RAISE EXCEPTION 'organization % is being moved', p_organization
+    RAISE EXCEPTION '% is being moved',
+        COALESCE('organization ' || p_organization, 'an organization that the row may belong to')
         USING ERRCODE = 'CF002',
               DETAIL = json_build_object('organization', p_organization)::text,
               HINT = 'Try again.';
@@ -247,23 +248,21 @@ AS $$
         WHERE gate.armed AND keys.key IS NOT NULL
 $$;
 
--- A row refers to a parent that this transaction does not see. When that one commits, the row is its
--- organization's, whose freeze must wait for this transaction as for its own writers: they all hold
--- the lock. A gate that is not open any more cannot be passed: what is under it may have been seen.
-CREATE OR REPLACE FUNCTION cellferry.enter_all() RETURNS void LANGUAGE plpgsql SECURITY DEFINER
+-- A row refers to a parent that this transaction does not see, and becomes the organization's for
+-- which that one commits, whichever that is. Each freeze takes the exclusive side of this lock for a
+-- moment, and so waits for these transactions as for the organization's own writers. The caller looks
+-- again at whose the row is. One that keeps an older snapshot cannot: it must not have begun before a
+-- freeze, and the row locks raise 40001 there when it has.
+CREATE OR REPLACE FUNCTION cellferry.enter_loosely() RETURNS void LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $$
-DECLARE
-    gate cellferry.gate;
 BEGIN
-    FOR gate IN SELECT * FROM cellferry.gate WHERE armed ORDER BY organization LOOP
-        PERFORM cellferry.enter(gate.organization, NULL, NULL, NULL);
-    END LOOP;
-EXCEPTION WHEN SQLSTATE 'CF001' THEN -- not that of whoever writes, as far as can be told
-    RAISE EXCEPTION 'organization % is being moved, and a row may belong to it', gate.organization
-        USING ERRCODE = 'CF002',
-              DETAIL = json_build_object('organization', gate.organization)::text,
-              HINT = 'Try again.';
+    IF NOT pg_try_advisory_xact_lock_shared(1128614988::bigint << 32) THEN
+        PERFORM cellferry.wait_at_gate(NULL, 1128614988::bigint << 32);
+    END IF;
+    IF current_setting('transaction_isolation') NOT IN ('read committed', 'read uncommitted') THEN
+        PERFORM FROM cellferry.gate WHERE armed AND state IN ('open', 'frozen') FOR KEY SHARE;
+    END IF;
 END $$;
 
 -- A row goes from one organization to another, and one of them has a gate. Rows below it would

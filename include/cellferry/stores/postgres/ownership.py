@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from psycopg import sql
 
-from cellferry.stores.postgres.schema import DataMap, OwnerPath, Table
+from cellferry.stores.postgres.schema import DataMap, Hop, Name, OwnerPath, Table
 
 
 def owner_text(table: Table, row: str) -> sql.Composed:
@@ -46,14 +48,23 @@ def owned_by(data_map: DataMap, table: Table, row: str, organization: str | None
     return sql.SQL("({})").format(sql.SQL(" OR ").join(conditions))
 
 
-def awaits_parent(table: Table, row: str) -> sql.Composed:
+def awaits_parent(
+    table: Table, row: str, *, is_tied: Callable[[Name, Hop], bool] | None = None
+) -> sql.Composed:
     """Return a boolean expression: whether a path from the row called `row` breaks off.
 
     It does where a row names a parent that is not there. A row that names none, or whose path ends
     at a row without an organization, awaits nothing: it is nobody's, or the cell's own.
+
+    Args:
+        is_tied: which hops, with the table that they lead up from, do not count.
     """
     breaks = [
-        _breaks_off(path, number, row) for path in table.owners for number in range(len(path.hops))
+        _breaks_off(path, number, row)
+        for path in table.owners
+        for number, hop in enumerate(path.hops)
+        if is_tied is None
+        or not is_tied(path.hops[number - 1].parent if number else table.name, hop)
     ]
     if not breaks:
         return sql.Composed([sql.SQL("false")])

@@ -258,7 +258,8 @@ class Rounds:
 
     def _apply(self, dirty: DirtyKeys, before_commit: Callable[[], None] | None) -> Applied:
         if not dirty.log_ids and before_commit is None:
-            self._applier.settle()
+            if dirty.complete:
+                self._applier.settle()
             return Applied()
         return self._applier.apply(dirty.keys, complete=dirty.complete, before_commit=before_commit)
 

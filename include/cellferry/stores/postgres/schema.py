@@ -280,6 +280,18 @@ class DataMap:
         own = {table.name.schema for table in self.tables}
         return tuple(sorted(own | self.type_schemas | {"public"}))
 
+    def is_tied(self, child: Name, hop: Hop) -> bool:
+        """Whether a constraint keeps a parent for each row of `child` that `hop` leads up from."""
+        return (child, hop.columns, hop.parent, hop.parent_columns) in self._ties
+
+    @cached_property
+    def _ties(self) -> frozenset[tuple[Name, tuple[str, ...], Name, tuple[str, ...]]]:
+        return frozenset(
+            (key.child, key.columns, key.parent, key.parent_columns)
+            for key in self.foreign_keys
+            if key.declared and key.trusted and not key.partial and not key.temporal
+        )
+
     def references(self, table: Table) -> tuple[ForeignKey, ...]:
         """Foreign keys from `table` to referenced tables."""
         return tuple(

@@ -130,20 +130,13 @@ class Scope:
     @cached_property
     def children(self) -> dict[Name, tuple[ChildHop, ...]]:
         """For each table, those whose rows are owned directly through its rows."""
-        enforced = {
-            (key.child, key.columns, key.parent, key.parent_columns)
-            for key in self.data_map.foreign_keys
-            if key.declared and key.trusted and not key.partial and not key.temporal
-        }
         hops = [
             (child, hop)
             for child in self.tables
             for hop in dict.fromkeys(path.hops[0] for path in child.owners if path.hops)
         ]
         untied = {
-            (child.name, hop)
-            for child, hop in hops
-            if (child.name, hop.columns, hop.parent, hop.parent_columns) not in enforced
+            (child.name, hop) for child, hop in hops if not self.data_map.is_tied(child.name, hop)
         }
         # Tables may own each other in a circle, so until no more are found.
         loose: set[Name] = set()

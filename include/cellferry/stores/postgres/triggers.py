@@ -117,10 +117,11 @@ def _gate(data_map: DataMap, table: Table, *, is_parent: bool) -> Installation:
         body = sql.Composed([look, _pass_gate(table, is_parent)])
         options: sql.Composable = sql.SQL("")
     else:
-        body = sql.Composed([_path_look(table), _pass_gate(table, is_parent)])
+        body = sql.Composed([_path_look(data_map, table), _pass_gate(table, is_parent)])
         options = _search_path(data_map, table)
     text = sql.SQL(
-        "DECLARE\n    owner_old text;\n    owner_new text;\n    waits boolean;\n"
+        "DECLARE\n    owner_old text;\n    owner_new text;\n"
+        "    is_loose boolean := false;\n"
         "    key_old text[];\n    key_new text[];\nBEGIN\n{}END"
     ).format(body)
     return _installation("gate", GATE_TRIGGER, table, text, options)
@@ -223,7 +224,6 @@ _DIRECT_LOOK = sql.SQL(
 """
 )
 
-_NOT_ENTERED = sql.SQL("")
 _UNKNOWN = sql.SQL("owner_old IS NULL AND owner_new IS NULL")
 
 
@@ -267,25 +267,13 @@ def _unmarked(owner: sql.Composable, *, plain: bool = False) -> sql.Composed:
     ).format(owner)
 
 
-def _path_look(table: Table) -> sql.Composed:
+def _path_look(data_map: DataMap, table: Table) -> sql.Composed:
     """The row's parents know its organization; they are asked only if there is any gate."""
+    owners = _owners(table)
     return sql.SQL(
         """
     IF NOT EXISTS (SELECT FROM cellferry.gate) THEN{leave}    END IF;
-    IF TG_OP <> 'DELETE' THEN
-        owner_new := {owner_new};
-    END IF;
-    IF TG_OP = 'INSERT' THEN
-        owner_old := owner_new;
-    ELSIF TG_OP = 'DELETE' THEN
-        owner_old := {owner_old};
-        owner_new := owner_old;
-    ELSIF {same} THEN
-        owner_old := owner_new;
-    ELSE
-        owner_old := {owner_old};
-    END IF;
-{unknown}
+{owners}{loosely}{unknown}
     IF owner_old OPERATOR(pg_catalog.=) owner_new THEN
         IF {unmarked} THEN{leave}        END IF;
         PERFORM FROM cellferry.gate
@@ -299,11 +287,31 @@ def _path_look(table: Table) -> sql.Composed:
 """
     ).format(
         leave=_RETURN,
-        same=_same_path(table),
+        owners=owners,
+        loosely=_pass_loosely(data_map, table, owners),
         unmarked=_unmarked(sql.SQL("owner_new")),
-        unknown=_log_for_all(table, _UNKNOWN, _enter_all(table)),
-        **_words(table),
+        unknown=_log_for_all(table, _UNKNOWN),
     )
+
+
+def _owners(table: Table) -> sql.Composed:
+    return sql.SQL(
+        """
+    IF TG_OP <> 'DELETE' THEN
+        owner_new := {owner_new};
+    END IF;
+    IF TG_OP = 'INSERT' THEN
+        owner_old := owner_new;
+    ELSIF TG_OP = 'DELETE' THEN
+        owner_old := {owner_old};
+        owner_new := owner_old;
+    ELSIF {same} THEN
+        owner_old := owner_new;
+    ELSE
+        owner_old := {owner_old};
+    END IF;
+"""
+    ).format(same=_same_path(table), **_words(table))
 
 
 def _same_path(table: Table) -> sql.Composable:
@@ -336,41 +344,52 @@ def _keys(table: Table) -> sql.Composed:
     ).format(key_array(table, "OLD"), key_array(table, "NEW"))
 
 
-def _log_for_all(
-    table: Table, condition: sql.Composable, entered: sql.Composable = _NOT_ENTERED
-) -> sql.Composed:
+def _log_for_all(table: Table, condition: sql.Composable) -> sql.Composed:
     return sql.SQL(
         """
     IF {condition} THEN
-        IF EXISTS (SELECT FROM cellferry.gate WHERE armed) THEN{keys}{entered}
-            PERFORM cellferry.log_for_all({relation}, key_old, key_new);
+        IF EXISTS (SELECT FROM cellferry.gate WHERE armed) THEN{log}
         END IF;{leave}    END IF;
 """
-    ).format(
-        condition=condition,
-        keys=_keys(table),
-        entered=entered,
-        relation=sql.Literal(str(table.name)),
-        leave=_RETURN,
-    )
+    ).format(condition=condition, log=_log_keys_for_all(table), leave=_RETURN)
 
 
-def _enter_all(table: Table) -> sql.Composed:
-    """A row whose parent is not there may become any organization's, when that one commits."""
+def _log_keys_for_all(table: Table) -> sql.Composed:
+    return sql.SQL(
+        """{keys}
+            PERFORM cellferry.log_for_all({relation}, key_old, key_new);"""
+    ).format(keys=_keys(table), relation=sql.Literal(str(table.name)))
+
+
+def _pass_loosely(data_map: DataMap, table: Table, owners: sql.Composable) -> sql.Composed:
+    """A row whose parent is not seen here becomes the organization's that this parent commits for.
+
+    Whose freeze must wait for this transaction. Who had to wait for a freeze looks once more.
+    """
     return sql.SQL(
         """
-            IF TG_OP = 'DELETE' THEN
-                -- In a cascade the parent went in this transaction, which passed its gate there.
-                waits := pg_catalog.pg_trigger_depth() = 1 AND {old};
-            ELSIF TG_OP = 'UPDATE' THEN
-                waits := {new} OR {old};
-            ELSE
-                waits := {new};
-            END IF;
-            IF waits THEN
-                PERFORM cellferry.enter_all();
-            END IF;"""
-    ).format(old=awaits_parent(table, "OLD"), new=awaits_parent(table, "NEW"))
+    IF (owner_old IS NULL OR owner_new IS NULL)
+        AND EXISTS (SELECT FROM cellferry.gate WHERE armed)
+    THEN
+        IF TG_OP <> 'DELETE' AND owner_new IS NULL THEN
+            is_loose := {new};
+        END IF;
+        IF TG_OP <> 'INSERT' AND owner_old IS NULL AND NOT is_loose THEN
+            is_loose := {old};
+        END IF;
+        IF is_loose THEN
+            PERFORM cellferry.enter_loosely();
+{owners}{log}
+        END IF;
+    END IF;
+"""
+    ).format(
+        new=awaits_parent(table, "NEW"),
+        # A parent that a constraint ties was taken away by this transaction itself, in a cascade.
+        old=awaits_parent(table, "OLD", is_tied=data_map.is_tied),
+        owners=owners,
+        log=_log_keys_for_all(table),
+    )
 
 
 def _pass_gate(table: Table, is_parent: bool) -> sql.Composed:

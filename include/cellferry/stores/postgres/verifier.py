@@ -271,8 +271,8 @@ class Verifier:
         A row that names no parent, or one of nobody, is nobody's and was not copied. Only among
         keys between the organization's lowest and highest, which the mover wrote. One that the
         source has as another organization's is not ours: its own move is under way, and its parent
-        comes later. One that the source does not have could be that of any move under way, and is
-        looked at when there is no other.
+        comes later. One that the source does not have, or has as nobody's since its parent went,
+        could be that of any move under way, and is looked at when there is no other.
         """
         if table.has_direct_owner or not any(path.hops for path in table.owners):
             return
@@ -282,11 +282,12 @@ class Verifier:
         first = table.primary_key[0]
         kind = sql.SQL(table.column(first).type)
         statement = sql.SQL(
-            "SELECT {key} FROM {table} AS t"
+            "SELECT {key}, {hash} FROM {table} AS t"
             " WHERE {first}{collate} BETWEEN {low}::{kind} AND {high}::{kind} AND ({owner}) IS NULL"
             " AND {awaits}"
         ).format(
             key=key_array(table, "t"),
+            hash=row_hash(table),
             table=table.name.identifier,
             first=sql.Identifier("t", first),
             collate=_collate(table, first),
@@ -296,24 +297,30 @@ class Verifier:
             owner=owner_text(table, "t"),
             awaits=awaits_parent(table, "t"),
         )
-        orphans = {tuple(key) for (key,) in self._destination.execute(statement)} - dirty
+        orphans = {
+            tuple(key): value
+            for key, value in self._destination.execute(statement)
+            if tuple(key) not in dirty
+        }
         if not orphans:
             return
-        whose = {
-            tuple(key): is_ours
-            for key, is_ours in self._source.execute(
-                sql.SQL("SELECT {}, ({}) IS TRUE FROM {} AS t {}").format(
+        there = {
+            tuple(key): (is_ours, is_nobodys, value)
+            for key, is_ours, is_nobodys, value in self._source.execute(
+                sql.SQL("SELECT {}, ({}) IS TRUE, ({}) IS NULL, {} FROM {} AS t {}").format(
                     key_array(table, "t"),
                     self._scope.owned(table),
+                    owner_text(table, "t"),
+                    row_hash(table),
                     table.name.identifier,
                     keys_join(table, orphans),
                 )
             )
         }
-        if self._others_import():
-            orphans &= whose.keys()
+        others_import = self._others_import()
         for key in sorted(orphans):
-            if whose.get(key, True):
+            is_ours, is_nobodys, value = there.get(key, (False, True, orphans[key]))
+            if is_ours or (is_nobodys and value == orphans[key] and not others_import):
                 findings.add(str(table.name), key, ORPHAN)
 
     def _others_import(self) -> bool:
