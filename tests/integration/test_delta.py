@@ -135,6 +135,8 @@ def test_children_that_a_gone_parent_leaves_are_left_to_the_general_way(ferry: F
             " ALTER TABLE notes ADD FOREIGN KEY (issue_id) REFERENCES issues"
             " ON DELETE CASCADE NOT VALID",
         )
+    for cell in ferry.source, ferry.destination:
+        ferry.store.prepare_cell(cell, ferry.progress)
     with sailing(ferry) as voyage:
         # No constraint says that the note went with its issue, and the log does not, either.
         voyage.session.execute(
