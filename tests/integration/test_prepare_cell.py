@@ -62,7 +62,7 @@ class Unprepared:
     def run(self, statement: str) -> list[tuple[Any, ...]]:
         with psycopg.connect(self.url, autocommit=True) as connection:
             cursor = connection.execute(statement.encode())
-            return cursor.fetchall() if cursor.description else []
+            return cursor.fetchall() if cursor.description is not None else []
 
     def dump(self) -> list[str]:
         """The whole schema with its grants, and the roles, as pg_dump and pg_dumpall have it."""

@@ -123,8 +123,9 @@ def parse_moved(text: str | None) -> Moved | None:
 
 
 def _organization(text: str | None) -> str:
+    """The organization that the answer names; none where it may be any."""
     try:
-        return str(json.loads(text or "")["organization"])
+        return str(json.loads(text or "")["organization"] or "")
     except (ValueError, KeyError, TypeError):
         return ""
 

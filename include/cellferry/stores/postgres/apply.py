@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -50,8 +51,19 @@ from cellferry.stores.postgres.wire import Wire
 #: Among the checkpoints: see `Applier._is_settled`.
 SETTLED = "a complete round since the copy"
 
-#: Rows that came, below which their children at the source were looked for, and these.
-Arrivals = list[tuple[Table, ChildHop, set[Key], set[Key]]]
+
+@dataclass
+class _Family:
+    """What was found below the rows that a round applies.
+
+    Args:
+        arrivals: rows that came, below which their children at the source were looked for, and
+            these.
+        strays: rows of nobody that the copy can have brought.
+    """
+
+    arrivals: list[tuple[Table, ChildHop, set[Key], set[Key]]] = field(default_factory=list)
+    strays: dict[Table, set[Key]] = field(default_factory=dict)
 
 
 class Applier:
@@ -265,7 +277,7 @@ class Applier:
             if keys.get(str(table.name))
         }
         with write(self._destination, self._move):
-            self._delete_orphans(waiting)
+            self._delete_orphans(waiting, {})
 
     def _attempt(
         self,
@@ -284,18 +296,18 @@ class Applier:
     def _converge(self, keys: Keys, *, complete: bool, careful: bool) -> Applied:
         applied = Applied()
         done: dict[str, set[Key]] = {}
-        arrivals: Arrivals = []
+        family = _Family()
         pending = {
             table: set(keys[str(table.name)])
             for table in self._scope.tables
             if keys.get(str(table.name))
         }
         while pending:
-            self._add_dependents(pending, done, arrivals, complete=complete)
+            self._add_dependents(pending, done, family, complete=complete)
             if not complete:
                 self._add_missing_parents(pending, done)
-                self._add_dependents(pending, done, arrivals, complete=complete)
-            self._delete_orphans(pending)
+                self._add_dependents(pending, done, family, complete=complete)
+            self._delete_orphans(pending, family.strays)
             self._delete(pending)
             in_the_way: dict[Table, set[Key]] = {}
             for table in self._scope.tables:
@@ -318,7 +330,7 @@ class Applier:
             self._compare(done, applied)
         if complete and self._is_settled and self._refuses_crossings:
             # Before the first complete round a verification is still to come.
-            self._insist_on_arrivals(arrivals)
+            self._insist_on_arrivals(family)
         applied.keys = sum(len(some) for some in done.values())
         return applied
 
@@ -326,14 +338,16 @@ class Applier:
         """Delete all keys with one statement, each guarded by the organization."""
         self._destination.execute(deletes(self._scope, pending), prepare=False)
 
-    def _delete_orphans(self, pending: Mapping[Table, set[Key]]) -> None:
+    def _delete_orphans(
+        self, pending: Mapping[Table, set[Key]], strays: Mapping[Table, set[Key]]
+    ) -> None:
         """Delete rows of `pending` of which the destination cannot tell whose they are.
 
         A child that was copied after its parent's turn waits for the parent; when both are gone
         at the source before that, the parent never comes and the guard of `_delete` would keep
         the child for ever. It goes unless the source says that it is another organization's, of
-        which a move may be under way as well, or has another row of nobody. A row that awaits no
-        parent was not copied: it is nobody's, and stays.
+        which a move may be under way as well, or nobody's; such a one goes if it is of `strays`.
+        A row that awaits no parent was not copied: it is nobody's, and stays.
         """
         asked = {table: keys for table, keys in pending.items() if not table.has_direct_owner}
         orphans = self._select_hashes(
@@ -350,8 +364,7 @@ class Applier:
         )
         for table, here in orphans.items():
             there = others.get(table, {})
-            # Equal: also that both are nobody's.
-            if mine := {key for key in here if key not in there or there[key] == here[key]}:
+            if mine := here.keys() - (there.keys() - strays.get(table, set())):
                 self._destination.execute(
                     sql.SQL("DELETE FROM {} AS t USING {} WHERE {}").format(
                         table.name.identifier, keys_relation(table, mine), keys_match(table)
@@ -364,26 +377,25 @@ class Applier:
         connection: psycopg.Connection[Any],
         asked: Mapping[Table, set[Key]],
         condition: Callable[[Table], sql.Composable],
-    ) -> dict[Table, dict[Key, tuple[int, bool]]]:
-        """Return of the rows that fulfil `condition` the hash, and whether they are nobody's."""
+    ) -> dict[Table, dict[Key, int]]:
+        """Return the hashes of the rows that fulfil `condition`."""
         if not asked:
             return {}
         tables = list(asked)
         statement = sql.SQL(" UNION ALL ").join(
-            sql.SQL("SELECT {}, {}, {}, ({}) IS NULL FROM {} AS t {} WHERE {}").format(
+            sql.SQL("SELECT {}, {}, {} FROM {} AS t {} WHERE {}").format(
                 sql.Literal(number),
                 key_array(table, "t"),
                 row_hash(table),
-                owner_text(table, "t"),
                 table.name.identifier,
                 keys_join(table, asked[table]),
                 condition(table),
             )
             for number, table in enumerate(tables)
         )
-        found: dict[Table, dict[Key, tuple[int, bool]]] = {}
-        for number, key, value, is_nobodys in connection.execute(statement, prepare=False):
-            found.setdefault(tables[number], {})[tuple(key)] = (int(value), is_nobodys)
+        found: dict[Table, dict[Key, int]] = {}
+        for number, key, value in connection.execute(statement, prepare=False):
+            found.setdefault(tables[number], {})[tuple(key)] = int(value)
         return found
 
     def _insert(
@@ -431,7 +443,7 @@ class Applier:
         self,
         pending: dict[Table, set[Key]],
         done: Mapping[str, set[Key]],
-        arrivals: Arrivals,
+        family: _Family,
         *,
         complete: bool,
     ) -> None:
@@ -446,9 +458,7 @@ class Applier:
         is_logged = True
         while unseen:
             found: dict[Table, set[Key]] = {}
-            for child, below in self._below(
-                unseen, arrivals, complete=complete, is_logged=is_logged
-            ):
+            for child, below in self._below(unseen, family, complete=complete, is_logged=is_logged):
                 known = pending.get(child, set()) | done.get(str(child.name), set())
                 if keys := below - known:
                     found.setdefault(child, set()).update(keys)
@@ -457,12 +467,12 @@ class Applier:
             unseen, is_logged = found, False  # below these no change need be in the log
 
     def _below(
-        self, rows: Mapping[Table, set[Key]], arrivals: Arrivals, *, complete: bool, is_logged: bool
+        self, rows: Mapping[Table, set[Key]], family: _Family, *, complete: bool, is_logged: bool
     ) -> Iterator[tuple[Table, set[Key]]]:
         """Yield the destination's children of rows that are gone, the source's of new ones.
 
         Args:
-            arrivals: gets the latter, below new rows.
+            family: gets the latter, below new rows, and what only the copy can have brought.
             is_logged: whether the rows' own changes are in the log, and so those of children that
                 constraints tie to them.
         """
@@ -490,10 +500,12 @@ class Applier:
                 if gone and not self._is_settled:
                     # They may have come and gone while they were not copied, and their children
                     # were.
-                    yield hop.child, self._strays(hop, table, gone)
+                    strays = self._strays(hop, table, gone, family.strays.get(table, set()))
+                    family.strays.setdefault(hop.child, set()).update(strays)
+                    yield hop.child, strays
                 if turn.came and (hop.is_loose or not is_logged):
                     below = self._children(self._source, hop, table, turn.came)
-                    arrivals.append((table, hop, turn.came, below))
+                    family.arrivals.append((table, hop, turn.came, below))
                     yield hop.child, below
 
     def _ties(
@@ -521,9 +533,9 @@ class Applier:
             found.setdefault(tables[number], {})[tuple(key)] = tuple(values)
         return found
 
-    def _insist_on_arrivals(self, arrivals: Arrivals) -> None:
+    def _insist_on_arrivals(self, family: _Family) -> None:
         """See that no row that was here came to be the organization's below a new one."""
-        for table, hop, came, below in arrivals:
+        for table, hop, came, below in family.arrivals:
             if strange := self._children(self._destination, hop, table, came) - below:
                 raise VerificationFailed(
                     f"row {', '.join(min(strange))} of {hop.child.name} at the destination did not"
@@ -565,8 +577,35 @@ class Applier:
         statement = children_of(self._scope, hop.child, hop.hop, parent, keys)
         return {tuple(key) for (key,) in connection.execute(statement, prepare=False)}
 
-    def _strays(self, hop: ChildHop, parent: Table, keys: set[Key]) -> set[Key]:
+    def _strays(self, hop: ChildHop, parent: Table, keys: set[Key], astray: set[Key]) -> set[Key]:
+        """Return rows of nobody at the destination, below `keys`, that the copy can have brought.
+
+        Args:
+            keys: rows that are not the organization's at the source.
+            astray: those of `parent` that go because they are such rows themselves.
+        """
         if not hop.is_loose or not set(hop.hop.parent_columns) <= set(parent.primary_key):
+            return set()
+        astray = astray & keys
+        others = keys - astray
+        others -= present_keys(self._source, parent, others)  # they stand, so they are nobody's
+        found = self._below_missing(hop, parent, astray | others)
+        # A row of nobody that the destination has alone, or has otherwise, was not copied.
+        here, there = (
+            self._select_hashes(
+                connection,
+                {hop.child: found} if found else {},
+                lambda table: sql.SQL("({}) IS NULL").format(owner_text(table, "t")),
+            ).get(hop.child, {})
+            for connection in (self._destination, self._source)
+        )
+        strays = {key for key, value in here.items() if there.get(key) == value}
+        if astray and self._scope.data_map.is_tied(hop.child.name, hop.hop):
+            strays |= self._below_missing(hop, parent, astray)  # the constraint takes them along
+        return strays
+
+    def _below_missing(self, hop: ChildHop, parent: Table, keys: set[Key]) -> set[Key]:
+        if not keys:
             return set()
         statement = strays_of(hop.child, hop.hop, parent, keys)
         return {tuple(key) for (key,) in self._destination.execute(statement, prepare=False)}

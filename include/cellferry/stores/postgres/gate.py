@@ -53,6 +53,9 @@ POLL_S = 0.02
 LOOSE_LOCK = 1128614988 << 32
 """What `cellferry.enter_loosely` takes the shared side of; no gate has this number."""
 
+LONGEST_STANDSTILL_S = 5
+"""How long a controller may stand still between the locks and the freeze."""
+
 STANDSTILL_S = 20
 """How long a controller may stand still while it makes a gate."""
 
@@ -475,14 +478,14 @@ def _change(
     _insist_on_change(_send(connection, move, statement), connection, move, side, what)
 
 
-def _send(connection: Connection, move: Move, statement: LiteralString) -> psycopg.Cursor[Any]:
-    return connection.execute(statement, _facts(move), prepare=True)
+def _send(connection: Connection, move: Move, statement: LiteralString) -> int:
+    return connection.execute(statement, _facts(move), prepare=True).rowcount
 
 
 def _insist_on_change(
-    changed: psycopg.Cursor[Any], connection: Connection, move: Move, side: Side, what: str
+    changed: int, connection: Connection, move: Move, side: Side, what: str
 ) -> None:
-    if changed.rowcount != 1:
+    if changed != 1:
         raise _refusal(connection, move, side, what)
 
 
@@ -724,14 +727,13 @@ class Barrier:
                 if found is None:
                     raise _refusal(session, self._move, Side.SOURCE, "frozen")
                 self._lock_key = found.lock_key
-            if not self.lock_held:
-                self._lock(session, self._lock_key, deadline)
             try:
-                # In one message, since writers wait. `_lock` leaves its short timeout behind.
-                with session.pipeline():
-                    sessions.set_for_session(session, "lock_timeout", "0")
-                    changed = _send(session, self._move, _FREEZE)
-                    session.execute("SELECT pg_advisory_unlock(%s)", (LOOSE_LOCK,))
+                if not self.lock_held:
+                    self._lock(session, self._lock_key, deadline)
+                # In one message, since writers wait, and some of them for this process.
+                with psycopg.ClientCursor(session) as cursor:
+                    cursor.execute(_FREEZE_AND_UNLOCK, self._lock_facts())
+                    changed = _updated(cursor)
                 _insist_on_change(changed, session, self._move, Side.SOURCE, "frozen")
             except BaseException:
                 self.release()
@@ -748,8 +750,7 @@ class Barrier:
             try:
                 with psycopg.ClientCursor(session) as cursor:
                     cursor.execute(_THAW_AND_UNLOCK, _facts(self._move))
-                    cursor.nextset()  # what the UPDATE did, behind BEGIN
-                    is_open = cursor.rowcount == 1
+                    is_open = _updated(cursor) == 1
                 if not is_open:
                     _insist_on_open(session, self._move)
             finally:
@@ -784,22 +785,27 @@ class Barrier:
         found = state(session, self._move.organization.id)
         return found is not None and found.settled and found.armed
 
+    def _lock_facts(self) -> dict[str, Any]:
+        return {**_facts(self._move), "lock_key": self._lock_key, "loose_lock": LOOSE_LOCK}
+
     def _lock(self, session: Connection, key: int, deadline: float) -> None:
         """Get the lock by `deadline`, and that of writers whose rows may be the organization's.
 
-        Leaves the session with a `lock_timeout`.
+        The server ends the session if this process then stands still: loose writers of the whole
+        cell wait for it.
         """
         attempt_s = self._move.limits.drain_attempt_s
         while True:
             left = deadline - time.monotonic()
-            sessions.set_for_session(
-                session, "lock_timeout", f"{max(1, round(1000 * min(attempt_s, left)))}ms"
-            )
+            facts = {
+                **self._lock_facts(),
+                "attempt_ms": max(1, round(1000 * min(attempt_s, left))),
+                "standstill": f"{LONGEST_STANDSTILL_S}s",
+            }
             try:
-                session.execute(
-                    "SELECT pg_advisory_lock(%s), pg_advisory_lock(%s)", (key, LOOSE_LOCK)
-                )
-            except psycopg.errors.LockNotAvailable:
+                with psycopg.ClientCursor(session) as cursor:
+                    cursor.execute(_LOCK, facts)
+            except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
                 session.execute("SELECT pg_advisory_unlock_all()")  # it may have got the first
                 # Only an attempt that began too late is the last one: this process may have stood
                 # still meanwhile, or have taken all the time to connect.
@@ -839,3 +845,31 @@ _FREEZE: LiteralString = (
     " AND attempt = %(attempt)s AND epoch = %(epoch)s AND armed AND settled"
     " AND state IN ('open', 'frozen')"
 )
+
+#: The second wait ends about when the first one would have.
+_LOCK: LiteralString = """
+SELECT set_config('lock_timeout', %(attempt_ms)s || 'ms', true);
+SELECT pg_advisory_lock(%(lock_key)s);
+SELECT set_config('lock_timeout', greatest(
+    %(attempt_ms)s - 1000 * extract(epoch FROM clock_timestamp() - statement_timestamp()),
+    %(attempt_ms)s / 4,
+    1
+)::int || 'ms', true);
+SELECT pg_advisory_lock(%(loose_lock)s);
+SELECT set_config('idle_session_timeout', %(standstill)s, false)
+"""
+
+#: The lock of loose writers goes when the gate is seen to be frozen: who has it does not ask for
+#: the gate's.
+_FREEZE_AND_UNLOCK: LiteralString = (
+    "BEGIN;" + _FREEZE + "; COMMIT; RESET idle_session_timeout;"
+    " SELECT pg_advisory_unlock(%(loose_lock)s)"
+)
+
+
+def _updated(cursor: psycopg.Cursor[Any]) -> int:
+    """Return how many rows the UPDATE among a message's statements met."""
+    while not (cursor.statusmessage or "").startswith("UPDATE"):
+        if not cursor.nextset():
+            raise AssertionError("the message has no UPDATE")
+    return cursor.rowcount

@@ -189,13 +189,22 @@ SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     gate cellferry.gate;
+    holds_up_freezes boolean := false;
 BEGIN
     SELECT * INTO gate FROM cellferry.gate WHERE organization = p_organization;
     IF NOT FOUND THEN
         RETURN NULL;
     END IF;
     IF gate.armed OR gate.state = 'frozen' THEN
-        IF NOT pg_try_advisory_xact_lock_shared(gate.lock_key) THEN
+        -- Who entered loosely holds up every freeze by that, and must not wait at a gate that one has
+        -- locked while it waits for this transaction. The setting may be anybody's; the lock counts.
+        -- Not in one condition: nobody else is to try for it.
+        IF gate.state = 'open' THEN
+            IF current_setting('cellferry.loose', true) = pg_current_xact_id_if_assigned()::text THEN
+                holds_up_freezes := pg_try_advisory_xact_lock_shared(1128614988::bigint << 32);
+            END IF;
+        END IF;
+        IF NOT holds_up_freezes AND NOT pg_try_advisory_xact_lock_shared(gate.lock_key) THEN
             PERFORM cellferry.wait_at_gate(p_organization, gate.lock_key);
         END IF;
         -- Only now does the state hold still. A new snapshot shows it; a transaction that keeps an
@@ -252,7 +261,8 @@ $$;
 -- which that one commits, whichever that is. Each freeze takes the exclusive side of this lock for a
 -- moment, and so waits for these transactions as for the organization's own writers. The caller looks
 -- again at whose the row is. One that keeps an older snapshot cannot: it must not have begun before a
--- freeze, and the row locks raise 40001 there when it has.
+-- freeze, and locking the rows raises 40001 there when it has. Later ones wait for it anyway, so the
+-- row locks, which would hold up a thaw, go at once.
 CREATE OR REPLACE FUNCTION cellferry.enter_loosely() RETURNS void LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $$
@@ -260,8 +270,17 @@ BEGIN
     IF NOT pg_try_advisory_xact_lock_shared(1128614988::bigint << 32) THEN
         PERFORM cellferry.wait_at_gate(NULL, 1128614988::bigint << 32);
     END IF;
+    IF current_setting('cellferry.loose', true) = pg_current_xact_id()::text THEN
+        RETURN;
+    END IF;
+    PERFORM set_config('cellferry.loose', pg_current_xact_id()::text, true);
     IF current_setting('transaction_isolation') NOT IN ('read committed', 'read uncommitted') THEN
-        PERFORM FROM cellferry.gate WHERE armed AND state IN ('open', 'frozen') FOR KEY SHARE;
+        BEGIN
+            PERFORM FROM cellferry.gate WHERE armed AND state IN ('open', 'frozen') FOR KEY SHARE;
+            RAISE EXCEPTION USING ERRCODE = 'CF000';
+        EXCEPTION WHEN SQLSTATE 'CF000' THEN
+            NULL; -- only these row locks are rolled back
+        END;
     END IF;
 END $$;
 

@@ -49,7 +49,7 @@ def owned_by(data_map: DataMap, table: Table, row: str, organization: str | None
 
 
 def awaits_parent(
-    table: Table, row: str, *, is_tied: Callable[[Name, Hop], bool] | None = None
+    table: Table, row: str, *, without: Callable[[Name, Hop], bool] | None = None
 ) -> sql.Composed:
     """Return a boolean expression: whether a path from the row called `row` breaks off.
 
@@ -57,14 +57,14 @@ def awaits_parent(
     at a row without an organization, awaits nothing: it is nobody's, or the cell's own.
 
     Args:
-        is_tied: which hops, with the table that they lead up from, do not count.
+        without: which hops, with the table that they lead up from, do not count.
     """
     breaks = [
         _breaks_off(path, number, row)
         for path in table.owners
         for number, hop in enumerate(path.hops)
-        if is_tied is None
-        or not is_tied(path.hops[number - 1].parent if number else table.name, hop)
+        if without is None
+        or not without(path.hops[number - 1].parent if number else table.name, hop)
     ]
     if not breaks:
         return sql.Composed([sql.SQL("false")])

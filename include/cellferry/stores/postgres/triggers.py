@@ -364,7 +364,8 @@ def _log_keys_for_all(table: Table) -> sql.Composed:
 def _pass_loosely(data_map: DataMap, table: Table, owners: sql.Composable) -> sql.Composed:
     """A row whose parent is not seen here becomes the organization's that this parent commits for.
 
-    Whose freeze must wait for this transaction. Who had to wait for a freeze looks once more.
+    Whose freeze must wait for this transaction. Who had to wait for a freeze looks once more. What
+    belongs to nobody before and after is logged for all behind this.
     """
     return sql.SQL(
         """
@@ -372,21 +373,23 @@ def _pass_loosely(data_map: DataMap, table: Table, owners: sql.Composable) -> sq
         AND EXISTS (SELECT FROM cellferry.gate WHERE armed)
     THEN
         IF TG_OP <> 'DELETE' AND owner_new IS NULL THEN
-            is_loose := {new};
+            is_loose := COALESCE({new}, false);
         END IF;
         IF TG_OP <> 'INSERT' AND owner_old IS NULL AND NOT is_loose THEN
-            is_loose := {old};
+            is_loose := COALESCE({old}, false);
         END IF;
         IF is_loose THEN
             PERFORM cellferry.enter_loosely();
-{owners}{log}
+{owners}
+            IF (owner_old IS NULL) OPERATOR(pg_catalog.<>) (owner_new IS NULL) THEN{log}
+            END IF;
         END IF;
     END IF;
 """
     ).format(
         new=awaits_parent(table, "NEW"),
         # A parent that a constraint ties was taken away by this transaction itself, in a cascade.
-        old=awaits_parent(table, "OLD", is_tied=data_map.is_tied),
+        old=awaits_parent(table, "OLD", without=data_map.is_tied),
         owners=owners,
         log=_log_keys_for_all(table),
     )

@@ -271,23 +271,25 @@ class Verifier:
         A row that names no parent, or one of nobody, is nobody's and was not copied. Only among
         keys between the organization's lowest and highest, which the mover wrote. One that the
         source has as another organization's is not ours: its own move is under way, and its parent
-        comes later. One that the source does not have, or has as nobody's since its parent went,
-        could be that of any move under way, and is looked at when there is no other.
+        comes later. One that it has as nobody's is nobody's here as well. One that it does not have
+        is what applications leave where no constraint ties it; where one does, it could be that of
+        any move under way, and is looked at when there is no other.
         """
         if table.has_direct_owner or not any(path.hops for path in table.owners):
             return
         row = self._source.execute(_extremes(table, self._scope.owned(table))).fetchone()
         if row is None or row[0] is None:
             return
+        data_map = self._scope.data_map
         first = table.primary_key[0]
         kind = sql.SQL(table.column(first).type)
         statement = sql.SQL(
-            "SELECT {key}, {hash} FROM {table} AS t"
+            "SELECT {key}, {tied} FROM {table} AS t"
             " WHERE {first}{collate} BETWEEN {low}::{kind} AND {high}::{kind} AND ({owner}) IS NULL"
             " AND {awaits}"
         ).format(
             key=key_array(table, "t"),
-            hash=row_hash(table),
+            tied=awaits_parent(table, "t", without=lambda *hop: not data_map.is_tied(*hop)),
             table=table.name.identifier,
             first=sql.Identifier("t", first),
             collate=_collate(table, first),
@@ -298,29 +300,26 @@ class Verifier:
             awaits=awaits_parent(table, "t"),
         )
         orphans = {
-            tuple(key): value
-            for key, value in self._destination.execute(statement)
+            tuple(key): is_tied
+            for key, is_tied in self._destination.execute(statement)
             if tuple(key) not in dirty
         }
         if not orphans:
             return
         there = {
-            tuple(key): (is_ours, is_nobodys, value)
-            for key, is_ours, is_nobodys, value in self._source.execute(
-                sql.SQL("SELECT {}, ({}) IS TRUE, ({}) IS NULL, {} FROM {} AS t {}").format(
+            tuple(key): is_ours
+            for key, is_ours in self._source.execute(
+                sql.SQL("SELECT {}, ({}) IS TRUE FROM {} AS t {}").format(
                     key_array(table, "t"),
                     self._scope.owned(table),
-                    owner_text(table, "t"),
-                    row_hash(table),
                     table.name.identifier,
                     keys_join(table, orphans),
                 )
             )
         }
         others_import = self._others_import()
-        for key in sorted(orphans):
-            is_ours, is_nobodys, value = there.get(key, (False, True, orphans[key]))
-            if is_ours or (is_nobodys and value == orphans[key] and not others_import):
+        for key, is_tied in sorted(orphans.items()):
+            if there.get(key, is_tied and not others_import):
                 findings.add(str(table.name), key, ORPHAN)
 
     def _others_import(self) -> bool:
