@@ -270,14 +270,16 @@ class Applier:
             work()
 
     def delete_waiting(self, keys: Keys) -> None:
-        """Delete those rows of `keys` of which the destination cannot tell whose they are."""
+        """Delete rows of `keys`, and below them, whose parent the copy did not bring."""
         waiting = {
             table: set(keys[str(table.name)])
             for table in self._scope.tables
             if keys.get(str(table.name))
         }
+        family = _Family()
         with write(self._destination, self._move):
-            self._delete_orphans(waiting, {})
+            self._add_dependents(waiting, {}, family, complete=True)
+            self._delete_orphans(waiting, family.strays)
 
     def _attempt(
         self,
@@ -590,7 +592,7 @@ class Applier:
         others = keys - astray
         others -= present_keys(self._source, parent, others)  # they stand, so they are nobody's
         found = self._below_missing(hop, parent, astray | others)
-        # A row of nobody that the destination has alone, or has otherwise, was not copied.
+        # One that the destination has alone, or has otherwise, cannot be told from the cell's own.
         here, there = (
             self._select_hashes(
                 connection,
