@@ -38,7 +38,7 @@ lint: venv lock-check docs-check ## ruff, mypy, import-linter, the lock
 	$(BIN)/lint-imports
 
 test: venv ## every test, on real servers: JOBS= processes at once (2)
-	$(BIN)/pytest --numprocesses $(or $(JOBS),2) --dist loadfile
+	$(BIN)/pytest --numprocesses $(or $(JOBS),2) --dist loadfile --no-loadscope-reorder
 
 test-fault: venv ## the whole kill matrix: SEED=, ONLY='text;text', JOBS=, SABOTAGE=
 	@$(BIN)/python -m tests.fault.matrix $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only '$(ONLY)') \

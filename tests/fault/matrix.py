@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections import defaultdict
@@ -25,6 +26,7 @@ from tests.fault.sabotage import SABOTAGE
 from tests.fault.scenario import NOT_WRITABLE_S, REAPED_S, Outcome, Scenario, run, scenarios
 from tests.fault.stepper import ROOT
 from tests.fault.world import World
+from tests.in_memory import use_memory
 
 from cellferry.parent_process import end_with_parent
 
@@ -238,7 +240,11 @@ def main() -> int:
     if arguments.list:
         print("\n".join(one.name for one in todo))
         return 0
-    print(f"kill matrix: {len(todo)} scenarios, seed {seed}, {arguments.jobs} at once", flush=True)
+    place = "in memory" if use_memory() else f"below {tempfile.gettempdir()}"
+    print(
+        f"kill matrix: {len(todo)} scenarios, seed {seed}, {arguments.jobs} at once, data {place}",
+        flush=True,
+    )
     begun = time.monotonic()
     outcomes: list[Outcome] = []
     signal.signal(signal.SIGTERM, _end_early)

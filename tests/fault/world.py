@@ -41,7 +41,7 @@ from cellferry.local.application.relational import Relational
 from cellferry.local.application.seeding import Seed
 from cellferry.local.application.session import Session
 from cellferry.local.application.traffic import Writer
-from cellferry.local.postgres_server import PostgresServer
+from cellferry.local.postgres_server import FAST, PostgresServer
 from cellferry.local.privileges import popen_arguments, service_account
 from cellferry.local.valkey_server import ValkeyServer
 from cellferry.migration import Context, MoveOptions, steps
@@ -52,7 +52,7 @@ CELLS = ("cell-1", "cell-2")
 MOVER_PASSWORD = "mover"  # of servers that live for one run
 #: Sound against the death of processes, which is what the matrix does to them: every commit is
 #: with the operating system before it is acknowledged. A crash of the machine is not in it.
-POSTGRES = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "on"}
+POSTGRES = {**FAST, "synchronous_commit": "on"}
 #: `always`, so that what Valkey acknowledged is exact (hazard 15).
 VALKEY = {"appendfsync": "always"}
 

@@ -201,7 +201,7 @@ CREATE TRIGGER broken BEFORE INSERT OR UPDATE ON public.issues
 REPAIRED = "DROP TRIGGER broken ON public.issues; DROP FUNCTION public.broken();"
 DENIED = "REVOKE INSERT, UPDATE, DELETE ON public.issues, public.notes FROM app"
 GRANTED = DENIED.replace("REVOKE", "GRANT").replace("FROM", "TO")
-SLOW = BROKEN.replace("RAISE EXCEPTION 'the disk of this table is broken'", "PERFORM pg_sleep(0.4)")
+SLOW = BROKEN.replace("RAISE EXCEPTION 'the disk of this table is broken'", "PERFORM pg_sleep(1)")
 SLOW = SLOW.replace("; END", "; RETURN NEW; END")
 
 
@@ -280,7 +280,7 @@ def test_a_breach_rolls_back_without_loss_when_asked_to(
         reported=1_000,
         roll_back_on_breach=True,
         soak_s=120,  # the breach ends it
-        soak_latency_factor=3 if check == "latency" else 50,
+        soak_latency_factor=2 if check == "latency" else 50,
         pause_budget_ms=30_000,
     )
     ferried.sabotage(fault)

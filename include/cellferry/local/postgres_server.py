@@ -41,6 +41,7 @@ FAST: Mapping[str, str] = {
     "fsync": "off",
     "synchronous_commit": "off",
     "full_page_writes": "off",
+    "max_wal_size": "128MB",  # the data of tests may live in memory
 }
 """For tests that do not crash the machine. A killed server still loses nothing that it wrote
 to the operating system, but `synchronous_commit = off` may lose the last commits."""

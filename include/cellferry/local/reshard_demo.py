@@ -41,7 +41,6 @@ from cellferry.shards.control import ShardControl
 
 SET = "dedup"
 TOPOLOGY = "cellferry-topology"
-LEASE_S = 3.0
 COPY_KEYS_S = 20_000
 """Slow enough to be killed in the middle."""
 STEP_WITHIN_S = 300.0
@@ -63,6 +62,8 @@ class Wishes:
     keep: bool = False
     calm_s: float = 3.0
     """How long the traffic goes on between the steps, seconds."""
+    lease_s: float = 3.0
+    """How long a client may stand still before what it does then is not confirmed, seconds."""
     brief: bool = False
     """One command, `run`, for all from the copy to the watch."""
 
@@ -323,7 +324,7 @@ class Demo:
                 ids_per_s=wishes.ids_per_s,
                 seeded=wishes.keys,
                 begin=begin,
-                lease_s=LEASE_S,
+                lease_s=wishes.lease_s,
             )
             path = self._folder / f"client-{number}.json"
             write_spec(spec, path)
