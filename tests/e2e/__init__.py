@@ -1,0 +1,1 @@
+"""Tests on a whole Airflow. A package, so that its fleet ends with the last of them."""
