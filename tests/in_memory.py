@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 MEMORY = Path("/dev/shm")
+CONTAINER = Path("/sys/fs/cgroup")
 PREFIX = "cellferry-tests-"
 #: A run of all tests takes 1 to 2 GiB there.
 ROOM = 5 * 1024**3
@@ -51,19 +52,28 @@ def use_memory() -> Path | None:
 def _is_fit(where: Path) -> bool:
     try:
         found = os.statvfs(where)
-        available = int(_memory_available().split()[0]) * 1024
-    except (OSError, ValueError, IndexError):
+        free = min(found.f_bavail * found.f_frsize, _machine_has(), _container_has())
+    except (OSError, ValueError):
         return False
-    free = found.f_bavail * found.f_frsize
     runs_programs = not found.f_flag & os.ST_NOEXEC
-    return runs_programs and os.access(where, os.W_OK) and min(free, available) >= ROOM
+    return runs_programs and os.access(where, os.W_OK) and free >= ROOM
 
 
-def _memory_available() -> str:
+def _machine_has() -> float:
+    """Return how much memory may still be used, bytes."""
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return line.removeprefix("MemAvailable:")
-    return ""
+        name, _, rest = line.partition(":")
+        if name == "MemAvailable":
+            return float(rest.split()[0]) * 1024
+    return 0.0
+
+
+def _container_has() -> float:
+    """Return the same of a container's limit; infinity where there is none."""
+    limit = CONTAINER / "memory.max"
+    if not limit.exists() or (text := limit.read_text(encoding="ascii").strip()) == "max":
+        return float("inf")
+    return float(text) - float((CONTAINER / "memory.current").read_text(encoding="ascii"))
 
 
 def _remove_dead(where: Path) -> None:

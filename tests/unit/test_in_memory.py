@@ -13,6 +13,7 @@ import sys, tempfile
 from pathlib import Path
 from tests import in_memory
 in_memory.MEMORY, in_memory.ROOM = Path(sys.argv[1]), int(sys.argv[2])
+in_memory.CONTAINER = Path(sys.argv[1]).parent / "container"
 print(in_memory.use_memory(), tempfile.gettempdir(), flush=True)
 sys.stdin.read()
 """
@@ -76,3 +77,15 @@ def test_where_there_is_no_room_they_stay(tmp_path: Path) -> None:
     assert said(process)[0] == "None"
     process.communicate()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_container_that_may_take_little_is_no_room(tmp_path: Path) -> None:
+    memory, limits = tmp_path / "memory", tmp_path / "container"
+    memory.mkdir()
+    limits.mkdir()
+    (limits / "memory.current").write_text("1000000\n")
+    for limit, used in (("1000100\n", False), ("9000000\n", True), ("max\n", True)):
+        (limits / "memory.max").write_text(limit)
+        process = started(memory, room=1_000)
+        assert (said(process)[0] != "None") is used, limit
+        process.communicate()
