@@ -101,7 +101,9 @@ class ShardedStore(Closing):
         client_name: for the people who wait for this client.
         lease_s: how long this process may act without a confirmation; so long a change of state
             waits for it when it dies. Between 0.5 and 300 seconds.
-        patience_s: how long an operation may wait for a state or a shard.
+        patience_s: how long an operation may wait for a state or a shard. Where it is not given,
+            half as long again as the lease and at least 10 s: a switch that has to wait until the
+            lease of a dead client is over is then no failure of the others.
 
     Raises:
         InvalidInput: no such set, or a value is out of its range.
@@ -116,7 +118,7 @@ class ShardedStore(Closing):
         *,
         client_name: str,
         lease_s: float = 10.0,
-        patience_s: float = 10.0,
+        patience_s: float | None = None,
     ) -> None:
         low, high = _LEASES_S
         if not low <= lease_s <= high:
@@ -128,7 +130,7 @@ class ShardedStore(Closing):
         self._source = connections
         self._client_name = client_name
         self._lease_s = lease_s
-        self._patience_s = patience_s
+        self._patience_s = max(10.0, 1.5 * lease_s) if patience_s is None else patience_s
         self._closed = False
         self._beginning = threading.Lock()
         self._begin()
