@@ -103,7 +103,8 @@ class ShardedStore(Closing):
             waits for it when it dies. Between 0.5 and 300 seconds.
         patience_s: how long an operation may wait for a state or a shard. Where it is not given,
             half as long again as the lease and at least 10 s: a switch that has to wait until the
-            lease of a dead client is over is then no failure of the others.
+            lease of a dead client is over is then no failure of the others, if that client's lease
+            was no longer than this one's.
 
     Raises:
         InvalidInput: no such set, or a value is out of its range.
