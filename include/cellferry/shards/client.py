@@ -102,9 +102,9 @@ class ShardedStore(Closing):
         lease_s: how long this process may act without a confirmation; so long a change of state
             waits for it when it dies. Between 0.5 and 300 seconds.
         patience_s: how long an operation may wait for a state or a shard. Where it is not given,
-            half as long again as the lease and at least 10 s: a switch that has to wait until the
-            lease of a dead client is over is then no failure of the others, if that client's lease
-            was no longer than this one's.
+            half as long again as the lease, from 10 to 30 s. A switch waits until the lease of a
+            client that died is over, and then for the last changes: that mostly fits where leases
+            are short and alike. `close` waits no longer, either.
 
     Raises:
         InvalidInput: no such set, or a value is out of its range.
@@ -131,7 +131,8 @@ class ShardedStore(Closing):
         self._source = connections
         self._client_name = client_name
         self._lease_s = lease_s
-        self._patience_s = max(10.0, 1.5 * lease_s) if patience_s is None else patience_s
+        usual_s = min(max(10.0, 1.5 * lease_s), 30.0)
+        self._patience_s = usual_s if patience_s is None else patience_s
         self._closed = False
         self._beginning = threading.Lock()
         self._begin()
