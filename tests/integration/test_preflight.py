@@ -15,8 +15,10 @@ from cellferry.model import Blocker, Cell, Endpoint
 from cellferry.stores.postgres import cell_conditions
 from cellferry.stores.postgres.data_map import discover
 from cellferry.stores.postgres.data_map_file import parse
+from cellferry.stores.postgres.inventory import shared_or_owned
 from cellferry.stores.postgres.preflight import inventory, preflight
 from cellferry.stores.postgres.prepare import prepare
+from cellferry.stores.postgres.schema import Name
 from fixtures.postgres import FreshDatabases, MakeServer, postgres_versions
 
 Connection = psycopg.Connection[tuple[Any, ...]]
@@ -717,6 +719,28 @@ def test_the_inventory_counts_rows_and_bytes(cells: Cells) -> None:
     }
     assert parts["public.users"].placement == "referenced"
     assert 200_000 < parts["public.comments"].bytes < 400_000
+
+
+@postgres_versions
+def test_what_refers_to_shared_rows_is_joined_however_much_it_is(cells: Cells) -> None:
+    cells.source.execute(
+        "CREATE TABLE reviews (id bigint PRIMARY KEY, task_id uuid REFERENCES tasks,"
+        " author_id bigint REFERENCES users, checker bigint REFERENCES users);"
+        "INSERT INTO users SELECT n, n || '@x', 'User' FROM generate_series(100, 2099) n;"
+        "INSERT INTO reviews SELECT n, '00000000-0000-0000-0000-00000000000a', 100 + n % 500,"
+        " 200 + n % 500 FROM generate_series(1, 20000) n;"
+        "ANALYZE; SET work_mem = '64kB'"
+    )
+    data_map = discover(cells.source, parse(FILE))
+    parts = {part.name: part for part in inventory(cells.source, data_map, "1")}
+    assert parts["public.users"].count == 1 + 600
+    condition = shared_or_owned(data_map, data_map.by_name[Name("public", "users")], "1")
+    assert condition is not None
+    plan = cells.source.execute(
+        sql.SQL("EXPLAIN SELECT count(*) FROM users AS t WHERE {}").format(condition)
+    ).fetchall()
+    # A SubPlan that does not fit into work_mem would read all that refers for each of the users.
+    assert not [line for (line,) in plan if "SubPlan" in line]
 
 
 def wait_for(connection: Connection, condition: str) -> None:

@@ -34,7 +34,7 @@ def inventory(
     """
     parts: list[Part] = []
     for table in (*data_map.owned, *data_map.referenced):
-        condition = _condition(data_map, table, organization)
+        condition = shared_or_owned(data_map, table, organization)
         if condition is None:
             continue
         with (
@@ -73,7 +73,11 @@ def _row_bytes(
     return float(found[0]) if found and found[0] is not None else 0.0
 
 
-def _condition(data_map: DataMap, table: Table, organization: str) -> sql.Composable | None:
+def shared_or_owned(data_map: DataMap, table: Table, organization: str) -> sql.Composable | None:
+    """Return a condition on the row called `t`: owned by the organization, or referred to by it.
+
+    None for a table that is neither owned nor referred to.
+    """
     if table.placement is Placement.OWNED:
         return owned_by(data_map, table, "t", organization)
     ways = [
@@ -83,7 +87,18 @@ def _condition(data_map: DataMap, table: Table, organization: str) -> sql.Compos
         and not key.temporal
         and data_map.by_name[key.child].placement is Placement.OWNED
     ]
-    return sql.SQL("({})").format(sql.SQL(" OR ").join(ways)) if ways else None
+    if not ways:
+        return None
+    # Each way is joined by itself: an OR of them would be tested row by row, and where one yields
+    # more keys than fit into work_mem, it would be read anew for every row.
+    return sql.SQL("(t.tableoid, t.ctid) IN ({})").format(
+        sql.SQL(" UNION ").join(
+            sql.SQL("SELECT p.tableoid, p.ctid FROM {} AS p WHERE {}").format(
+                table.name.identifier, way
+            )
+            for way in ways
+        )
+    )
 
 
 def _referred(data_map: DataMap, key: ForeignKey, organization: str) -> sql.Composed:
@@ -93,7 +108,7 @@ def _referred(data_map: DataMap, key: ForeignKey, organization: str) -> sql.Comp
         return sql.SQL(", ").join(sql.Identifier(alias, name) for name in names)
 
     return sql.SQL("({}) IN (SELECT {} FROM {} AS c WHERE {})").format(
-        columns(key.parent_columns, "t"),
+        columns(key.parent_columns, "p"),
         columns(key.columns, "c"),
         child.name.identifier,
         owned_by(data_map, child, "c", organization),

@@ -644,6 +644,8 @@ class PostgresMove(StoreMove):
 
     def _insist_on_layouts(self) -> None:
         for side in Side:
+            # Under the gate it is read once more on this session, and then nothing is planned.
+            self._connection(side, "layout").execute("SET plan_cache_mode = force_generic_plan")
             now = self._read_layout_aside(side)
             layout.insist(side, self._where(side), self._layouts.get(side), now)
 
