@@ -16,7 +16,7 @@ from typing import Any, LiteralString
 import psycopg
 from psycopg.rows import dict_row
 
-from cellferry.stores.postgres.schema import Name
+from cellferry.stores.postgres.schema import KEPT_DEFINITIONS, Name
 
 #: Our own objects are never part of the application's schema.
 OWN_SCHEMA = "cellferry"
@@ -141,9 +141,6 @@ class CatalogSequence:
     minimum: int
     maximum: int
     increment: int
-    last_value: int | None
-    """None when it was never used, or when this role may not read it."""
-    readable: bool = True
 
 
 @dataclass(frozen=True)
@@ -159,9 +156,9 @@ class Database:
     collation_version: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Catalog:
-    """One database's schema."""
+    """One database's schema; the same object as long as nothing of it changes."""
 
     relations: tuple[Relation, ...]
     types: Mapping[int, CatalogType]
@@ -251,53 +248,70 @@ def qualified_names(connection: psycopg.Connection[Any]) -> Iterator[None]:
         connection.execute("SELECT set_config('search_path', %s, true)", (before,))
 
 
+#: Of each database and each choice of schemas, the catalog that was read last, and its state.
+_LAST: dict[tuple[str | int | frozenset[str], ...], tuple[str, Catalog]] = {}
+
+
 def read_catalog(
     connection: psycopg.Connection[Any], *, ignore_schemas: Collection[str] = ()
 ) -> Catalog:
     """Read the schema of the database that `connection` is connected to. Changes nothing.
 
+    Every step of a move asks for it. What this process has read before is returned again if the
+    server's catalogs hold the very row versions that they held then.
+
     Args:
         ignore_schemas: schemas that are not the application's; ours is always left out.
     """
-    text = queries("catalog.sql")
-    ignored = {OWN_SCHEMA, *ignore_schemas}
+    info = connection.info
+    ignored = frozenset({OWN_SCHEMA, *ignore_schemas})
+    asked = (info.host, info.hostaddr, info.port, info.dbname, ignored)
     with qualified_names(connection), connection.cursor(row_factory=dict_row) as cursor:
+        state = _state(cursor)
+        if (known := _LAST.get(asked)) is not None and known[0] == state:
+            return known[1]
+        found = _read(cursor, ignored)
+        if _state(cursor) == state:  # else it is of no single moment
+            if len(_LAST) >= KEPT_DEFINITIONS:
+                _LAST.clear()
+            _LAST[asked] = state, found
+    return found
 
-        def rows(name: str, **arguments: Any) -> list[dict[str, Any]]:
-            return cursor.execute(text[name], arguments).fetchall()
 
-        found = [row for row in rows("relations") if row["schema"] not in ignored]
-        oids = [row["oid"] for row in found]
-        parts = {
-            name: _by_relation(rows(name, relations=oids))
-            for name in (
-                "columns",
-                "constraints",
-                "indexes",
-                "leading_columns",
-                "triggers",
-                "rules",
-            )
-        }
-        types = {
-            row["oid"]: CatalogType(**{**row, "attributes": tuple(row["attributes"])})
-            for row in rows("types")
-        }
-        sequences = tuple(
-            CatalogSequence(
-                name=Name(row["schema"], row["name"]),
-                **{key: value for key, value in row.items() if key not in {"schema", "name"}},
-            )
-            for row in rows("sequences", relations=oids)
+def _state(cursor: psycopg.Cursor[dict[str, Any]]) -> str:
+    return str(_rows(cursor, "state")[0]["state"])
+
+
+def _rows(
+    cursor: psycopg.Cursor[dict[str, Any]], name: str, **arguments: Any
+) -> list[dict[str, Any]]:
+    return cursor.execute(queries("catalog.sql")[name], arguments).fetchall()
+
+
+def _read(cursor: psycopg.Cursor[dict[str, Any]], ignored: Collection[str]) -> Catalog:
+    found = [row for row in _rows(cursor, "relations") if row["schema"] not in ignored]
+    oids = [row["oid"] for row in found]
+    parts = {
+        name: _by_relation(_rows(cursor, name, relations=oids))
+        for name in ("columns", "constraints", "indexes", "leading_columns", "triggers", "rules")
+    }
+    types = {
+        row["oid"]: CatalogType(**{**row, "attributes": tuple(row["attributes"])})
+        for row in _rows(cursor, "types")
+    }
+    sequences = tuple(
+        CatalogSequence(
+            name=Name(row["schema"], row["name"]),
+            **{key: value for key, value in row.items() if key not in {"schema", "name"}},
         )
-        extensions = {row["name"]: row["version"] for row in rows("extensions")}
-        database = Database(**rows("database")[0])
+        for row in _rows(cursor, "sequences", relations=oids)
+    )
     return Catalog(
         relations=tuple(_relation(row, parts) for row in found),
         types=types,
         sequences=sequences,
-        extensions=extensions,
-        database=database,
+        extensions={row["name"]: row["version"] for row in _rows(cursor, "extensions")},
+        database=Database(**_rows(cursor, "database")[0]),
     )
 
 

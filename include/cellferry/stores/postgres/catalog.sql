@@ -2,6 +2,97 @@
 -- that every printed type, expression and definition is qualified the same way in every cell.
 -- to_jsonb(row) ->> 'column' reads a column that only newer servers have, NULL on older ones.
 
+-- name: state
+-- A digest of all that the other queries here read, without printing any of it: which row versions
+-- the catalogs have. A version has its place and its transaction for itself as long as the server
+-- runs; a crash may take back what was not durable and use a transaction id again, and resets the
+-- statistics. Estimates of rows are changed in place. Temporary tables come and go, and are left
+-- out with the schemas that they are in. The settings change how definitions are printed.
+WITH kept AS MATERIALIZED (
+    SELECT n.oid, n.xmin, n.ctid
+    FROM pg_namespace AS n
+    WHERE NOT starts_with(n.nspname, 'pg_') AND n.nspname <> 'information_schema'
+), relation AS MATERIALIZED (
+    SELECT c.oid, c.xmin, c.ctid, c.reltuples
+    FROM pg_class AS c
+    WHERE c.relnamespace IN (SELECT oid FROM kept)
+), entry (line) AS (
+    SELECT ROW(1, xmin, ctid)::text FROM kept
+    UNION ALL
+    SELECT ROW(2, xmin, ctid, reltuples)::text FROM relation
+    UNION ALL
+    SELECT ROW(3, t.xmin, t.ctid)::text FROM pg_attribute AS t
+    WHERE t.attrelid IN (SELECT oid FROM relation)
+    UNION ALL
+    SELECT ROW(4, t.xmin, t.ctid)::text FROM pg_attrdef AS t
+    WHERE t.adrelid IN (SELECT oid FROM relation)
+    UNION ALL
+    SELECT ROW(5, t.xmin, t.ctid)::text FROM pg_constraint AS t
+    WHERE t.connamespace IN (SELECT oid FROM kept)
+    UNION ALL
+    SELECT ROW(6, t.xmin, t.ctid)::text FROM pg_index AS t
+    WHERE t.indrelid IN (SELECT oid FROM relation)
+    UNION ALL
+    SELECT ROW(7, t.xmin, t.ctid)::text FROM pg_trigger AS t
+    WHERE t.tgrelid IN (SELECT oid FROM relation)
+    UNION ALL
+    SELECT ROW(8, t.xmin, t.ctid)::text FROM pg_rewrite AS t
+    WHERE t.ev_class IN (SELECT oid FROM relation)
+    UNION ALL
+    SELECT ROW(9, t.xmin, t.ctid)::text FROM pg_inherits AS t
+    WHERE t.inhrelid IN (SELECT oid FROM relation)
+    UNION ALL
+    SELECT ROW(10, t.xmin, t.ctid)::text FROM pg_partitioned_table AS t
+    WHERE t.partrelid IN (SELECT oid FROM relation)
+    UNION ALL
+    SELECT ROW(11, t.xmin, t.ctid)::text FROM pg_type AS t
+    WHERE t.typnamespace IN (SELECT oid FROM kept)
+    UNION ALL
+    SELECT ROW(12, t.xmin, t.ctid)::text FROM pg_enum AS t
+    UNION ALL
+    SELECT ROW(13, t.xmin, t.ctid)::text FROM pg_range AS t
+    UNION ALL
+    SELECT ROW(14, t.xmin, t.ctid)::text FROM pg_sequence AS t
+    WHERE t.seqrelid IN (SELECT oid FROM relation)
+    UNION ALL
+    SELECT ROW(15, t.xmin, t.ctid)::text FROM pg_extension AS t
+    UNION ALL
+    SELECT ROW(16, t.xmin, t.ctid)::text FROM pg_depend AS t
+    WHERE t.deptype = 'e'
+       OR t.classid = 'pg_class'::regclass AND t.objid IN (SELECT oid FROM relation)
+       OR t.refclassid = 'pg_class'::regclass AND t.refobjid IN (SELECT oid FROM relation)
+    UNION ALL
+    SELECT ROW(17, t.xmin, t.ctid)::text FROM pg_proc AS t
+    WHERE t.pronamespace IN (SELECT oid FROM kept)
+    UNION ALL
+    SELECT ROW(18, t.xmin, t.ctid)::text FROM pg_operator AS t
+    WHERE t.oprnamespace IN (SELECT oid FROM kept)
+    UNION ALL
+    SELECT ROW(19, t.xmin, t.ctid)::text FROM pg_opclass AS t
+    WHERE t.opcnamespace IN (SELECT oid FROM kept)
+    UNION ALL
+    SELECT ROW(20, t.xmin, t.ctid)::text FROM pg_collation AS t
+    WHERE t.collnamespace IN (SELECT oid FROM kept)
+    UNION ALL
+    SELECT ROW(21, t.xmin, t.ctid)::text FROM pg_ts_config AS t
+    WHERE t.cfgnamespace IN (SELECT oid FROM kept)
+    UNION ALL
+    SELECT ROW(22, t.xmin, t.ctid)::text FROM pg_database AS t
+    WHERE t.datname = current_database()
+    UNION ALL
+    SELECT ROW(23, t.system_identifier)::text FROM pg_control_system() AS t
+    UNION ALL
+    SELECT ROW(24, pg_postmaster_start_time(), stats_reset)::text FROM pg_stat_bgwriter
+    UNION ALL
+    SELECT ROW(25, name, current_setting(name))::text
+    FROM unnest(ARRAY[
+        'TimeZone', 'DateStyle', 'IntervalStyle', 'extra_float_digits', 'bytea_output',
+        'xmloption', 'lc_monetary', 'quote_all_identifiers'
+    ]) AS name
+)
+SELECT format('%%s lines, sum %%s', count(*), sum(hashtextextended(line, 0)::numeric)) AS state
+FROM entry;
+
 -- name: relations
 SELECT c.oid::bigint AS oid,
        n.nspname::text AS schema,
@@ -207,9 +298,6 @@ SELECT n.nspname::text AS schema,
        s.seqmin AS minimum,
        s.seqmax AS maximum,
        s.seqincrement AS increment,
-       CASE WHEN has_sequence_privilege(c.oid, 'SELECT, USAGE')
-            THEN pg_sequence_last_value(c.oid) END AS last_value,
-       has_sequence_privilege(c.oid, 'SELECT, USAGE') AS readable,
        use.relation::bigint AS relation,
        a.attname::text AS column
 FROM pg_sequence AS s

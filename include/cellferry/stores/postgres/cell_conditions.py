@@ -5,7 +5,7 @@ Every check is read-only and needs no more than an ordinary role.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from psycopg import sql
@@ -284,15 +284,16 @@ def check_room(site: Site, incoming_bytes: int) -> Iterator[Blocker]:
 
 def check_sequences(examination: Examination) -> Iterator[Blocker]:
     """Yield warnings about ranges of keys: nearly used up, or shared by both cells."""
-    theirs = _positions(examination.destination.catalog, examination)
+    theirs = _sequences(examination.destination.catalog, examination)
     overlapping: list[str] = []
     for site in examination.sites:
-        for sequence in _positions(site.catalog, examination).values():
-            if sequence.last_value is None or sequence.increment < 0:
+        found = _sequences(site.catalog, examination)
+        last_values = _last_values(site, {one.name for one in found.values()})
+        for sequence in found.values():
+            last_value = last_values.get(sequence.name)
+            if last_value is None or sequence.increment < 0:
                 continue
-            used = (sequence.last_value - sequence.minimum + 1) / (
-                sequence.maximum - sequence.minimum + 1
-            )
+            used = (last_value - sequence.minimum + 1) / (sequence.maximum - sequence.minimum + 1)
             if used >= 0.9:
                 yield warning(
                     "sequence-range-used",
@@ -300,7 +301,7 @@ def check_sequences(examination: Examination) -> Iterator[Blocker]:
                     f"{used:.0%} of the range {sequence.minimum} to {sequence.maximum} is used",
                     "give the cell a new, disjoint range before it ends",
                 )
-    for key, ours in _positions(examination.source.catalog, examination).items():
+    for key, ours in _sequences(examination.source.catalog, examination).items():
         other = theirs.get(key)
         if other and ours.minimum <= other.maximum and other.minimum <= ours.maximum:
             overlapping.append(str(ours.name))
@@ -315,7 +316,18 @@ def check_sequences(examination: Examination) -> Iterator[Blocker]:
         )
 
 
-def _positions(
+def _last_values(site: Site, names: Collection[Name]) -> dict[Name, int | None]:
+    ordered = sorted(names, key=str)
+    rows = _rows(
+        site,
+        "sequence_positions",
+        schemas=[one.schema for one in ordered],
+        names=[one.name for one in ordered],
+    )
+    return {Name(schema, name): last_value for schema, name, last_value in rows}
+
+
+def _sequences(
     catalog: Catalog, examination: Examination
 ) -> dict[tuple[Name, str], CatalogSequence]:
     wanted = {(one.table, one.column) for one in examination.data_map.sequences}

@@ -91,3 +91,12 @@ SELECT current_setting('synchronous_standby_names'),
        pg_database_size(current_database())::bigint,
        current_setting('fsync'),
        current_setting('full_page_writes');
+
+-- name: sequence_positions
+-- NULL for one that was never used, or that this role may not read.
+SELECT u.schema, u.name,
+       CASE WHEN has_sequence_privilege(c.oid, 'SELECT, USAGE')
+            THEN pg_sequence_last_value(c.oid) END
+FROM unnest(%(schemas)s::text[], %(names)s::text[]) AS u (schema, name)
+JOIN pg_namespace AS n ON n.nspname = u.schema
+JOIN pg_class AS c ON c.relnamespace = n.oid AND c.relname = u.name AND c.relkind = 'S';

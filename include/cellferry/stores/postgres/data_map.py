@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import psycopg
 from psycopg import sql
@@ -49,6 +50,9 @@ __all__ = ["build", "discover", "render_for_review", "require_supported", "show"
 #: Collations that every server sorts alike.
 _BYTEWISE = frozenset({'pg_catalog."C"', 'pg_catalog."POSIX"'})
 
+#: Of each catalog, the maps that were built of it, by the file and the arguments.
+_BUILT: WeakKeyDictionary[Catalog, dict[tuple[str | None, ...], DataMap]] = WeakKeyDictionary()
+
 #: Databases, roles and fingerprints of which `_probe` found every path right.
 _FOUND_RIGHT: set[tuple[str | int, ...]] = set()
 
@@ -76,13 +80,18 @@ def discover(
     """
     file = completion or DataMapFile()
     catalog = read_catalog(connection, ignore_schemas=file.ignore_schemas)
-    data_map = build(
-        catalog,
-        file,
-        organization_table=organization_table,
-        organization_column=organization_column,
-    )
-    return _with(data_map, refusals=(*data_map.refusals, *_probe(connection, data_map)))
+    asked = (file.source, file.model_dump_json(), organization_table, organization_column)
+    built = _BUILT.setdefault(catalog, {})
+    if asked not in built:
+        built[asked] = build(
+            catalog,
+            file,
+            organization_table=organization_table,
+            organization_column=organization_column,
+        )
+    data_map = built[asked]
+    probed = _probe(connection, data_map)
+    return _with(data_map, refusals=(*data_map.refusals, *probed)) if probed else data_map
 
 
 def require_supported(data_map: DataMap) -> None:
@@ -474,7 +483,6 @@ def _sequences(catalog: Catalog, placements: Mapping[Name, Placement]) -> tuple[
                 minimum=sequence.minimum,
                 maximum=sequence.maximum,
                 increment=sequence.increment,
-                last_value=sequence.last_value,
             ),
         )
     return tuple(found.values())

@@ -195,7 +195,6 @@ class Sequence:
     minimum: int
     maximum: int
     increment: int
-    last_value: int | None
 
 
 @dataclass(frozen=True)
