@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import psutil
 import psycopg
 import pytest
 
+from cellferry.local.postgres_binaries import available
 from cellferry.stores.postgres import catalog as module
 from cellferry.stores.postgres.catalog import Catalog, read_catalog
 from cellferry.stores.postgres.data_map import discover
@@ -72,7 +74,10 @@ CHANGES = {
     "a table has row security": "ALTER TABLE rooms ENABLE ROW LEVEL SECURITY",
     "a table is an extension's": "ALTER EXTENSION citext ADD TABLE rooms",
     "a table has more rows, says ANALYZE": "DELETE FROM organizations; ANALYZE organizations",
-    "a schema has another name": "ALTER SCHEMA more RENAME TO other; CREATE TABLE other.t ()",
+    "a schema has another name": (
+        "CREATE TABLE more.further ()",
+        "ALTER SCHEMA more RENAME TO other",
+    ),
     "the schema public has another name": "ALTER SCHEMA public RENAME TO private",
     "a partition comes": (
         "ALTER TABLE events ATTACH PARTITION events_1 FOR VALUES FROM (10) TO (20)"
@@ -151,7 +156,18 @@ CHANGES = {
     "a text search configuration has another name": (
         "ALTER TEXT SEARCH CONFIGURATION words RENAME TO terms"
     ),
-    "definitions are printed otherwise": (
+    "a text search dictionary has another name": (
+        (
+            "CREATE TEXT SEARCH DICTIONARY plain (TEMPLATE = simple);"
+            "ALTER TABLE rooms ADD CHECK (ts_lexize('public.plain'::regdictionary, 'x') IS NULL)"
+        ),
+        "ALTER TEXT SEARCH DICTIONARY plain RENAME TO bare",
+    ),
+    "texts are printed otherwise": (
+        r"ALTER TABLE organizations ADD CHECK (name ~ '^\w+$')",
+        "SET standard_conforming_strings = off",
+    ),
+    "moments are printed otherwise": (
         "ALTER TABLE projects ADD COLUMN since timestamptz DEFAULT '2020-01-01 12:00+00'",
         "SET TimeZone = 'Asia/Tokyo'",
     ),
@@ -160,7 +176,9 @@ CHANGES = {
 NO_CHANGES = {
     "rows are written": "INSERT INTO projects (organization_id) VALUES (1); TABLE projects",
     "a sequence goes on": "SELECT nextval('numbers')",
-    "a temporary table comes": "CREATE TEMP TABLE room (id serial PRIMARY KEY, note text)",
+    "a temporary table comes and goes": (
+        "BEGIN; CREATE TEMP TABLE room (id serial PRIMARY KEY, note text) ON COMMIT DROP; COMMIT"
+    ),
     "what is done is undone": "BEGIN; ALTER TABLE rooms ADD COLUMN more int; ROLLBACK",
 }
 
@@ -217,7 +235,7 @@ def columns(found: Catalog) -> list[str]:
     return [column.name for column in rooms.columns]
 
 
-def test_a_catalog_that_changes_while_it_is_read_is_not_kept(
+def test_what_changes_while_a_catalog_is_read_is_seen_the_next_time(
     database: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module._LAST.clear()
@@ -250,11 +268,27 @@ def test_databases_and_ignored_schemas_are_told_apart(
         assert read_catalog(one) is known
 
 
+def test_a_database_that_was_made_anew_is_asked_anew(fresh_database: str) -> None:
+    with psycopg.connect(fresh_database, autocommit=True) as connection:
+        name = connection.info.dbname
+        administration = connection.info.dsn, connection.info.password
+        known = read_anew(connection)
+    with psycopg.connect(
+        administration[0], password=administration[1], dbname="postgres", autocommit=True
+    ) as other:
+        other.execute(f"DROP DATABASE {name}")
+        other.execute(f"CREATE DATABASE {name}")
+    with psycopg.connect(fresh_database, autocommit=True) as connection:
+        assert read_catalog(connection) is not known
+
+
+@pytest.mark.parametrize("version", available())
 @pytest.mark.parametrize("crash", [False, True], ids=["stopped", "a session was killed"])
 def test_a_server_that_was_started_again_is_asked_anew(
-    own_postgres: MakeServer, crash: bool
+    own_postgres: MakeServer, crash: bool, version: int
 ) -> None:
-    server = own_postgres()
+    server = own_postgres(bin_dir=available()[version])
+    url = server.url()
     with psycopg.connect(server.url(), autocommit=True) as connection:
         known = read_anew(connection)
         assert read_catalog(connection) is known
@@ -267,7 +301,8 @@ def test_a_server_that_was_started_again_is_asked_anew(
     if not crash:
         server.stop()
         server.start()
-    with connect_in_the_end(server.url()) as connection:
+    assert server.url() == url
+    with connect_in_the_end(url) as connection:
         assert read_catalog(connection) is not known
 
 
@@ -280,6 +315,16 @@ def connect_in_the_end(url: str) -> Connection:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
+
+
+def test_the_state_is_of_every_catalog_that_is_read() -> None:
+    queries = module.queries("catalog.sql")
+    of_tables = {
+        name: set(re.findall(r"\b(?:FROM|JOIN) (pg_[a-z_]+)", text))
+        for name, text in queries.items()
+    }
+    state = of_tables.pop("state")
+    assert set().union(*of_tables.values()) <= state
 
 
 def test_a_map_is_built_once_of_a_catalog_and_a_file(database: Connection) -> None:

@@ -29,8 +29,8 @@ CREATE TABLE events (
 ) PARTITION BY HASH (organization_id);
 CREATE TABLE events_0 PARTITION OF events FOR VALUES WITH (MODULUS 2, REMAINDER 0);
 CREATE TABLE events_1 PARTITION OF events FOR VALUES WITH (MODULUS 2, REMAINDER 1)
-    PARTITION BY HASH (id);
-CREATE TABLE events_1_0 PARTITION OF events_1 FOR VALUES WITH (MODULUS 1, REMAINDER 0);
+    PARTITION BY RANGE (id);
+CREATE TABLE events_1_0 PARTITION OF events_1 FOR VALUES FROM (0) TO (100);
 CREATE TABLE unrelated (id bigint PRIMARY KEY);
 INSERT INTO organizations VALUES (1, 'acme');
 INSERT INTO projects VALUES (1, 1, 'one', 1);
@@ -40,6 +40,10 @@ CHANGES = {
     "a table is emptied": "TRUNCATE projects",
     "a table is rewritten": "CLUSTER projects USING projects_pkey",
     "a partition of a partition is emptied": "TRUNCATE events_1_0",
+    "a partition comes": "CREATE TABLE events_1_1 PARTITION OF events_1 DEFAULT",
+    "a partition is about to go": (
+        "UPDATE pg_inherits SET inhdetachpending = true WHERE inhrelid = 'events_0'::regclass"
+    ),
     "a partition goes": "ALTER TABLE events DETACH PARTITION events_0",
     "a partition of a partition goes": "DROP TABLE events_1_0",
     "a table is made anew": (

@@ -743,6 +743,21 @@ def test_what_refers_to_shared_rows_is_joined_however_much_it_is(cells: Cells) -
     assert not [line for (line,) in plan if "SubPlan" in line]
 
 
+@postgres_versions
+def test_rows_of_two_partitions_in_one_place_are_told_apart(cells: Cells) -> None:
+    cells.source.execute(
+        "CREATE TABLE badges (id bigint PRIMARY KEY) PARTITION BY RANGE (id);"
+        "CREATE TABLE badges_0 PARTITION OF badges FOR VALUES FROM (0) TO (10);"
+        "CREATE TABLE badges_1 PARTITION OF badges FOR VALUES FROM (10) TO (20);"
+        "INSERT INTO badges VALUES (1), (11), (12);"
+        "ALTER TABLE projects ADD first bigint REFERENCES badges, ADD second bigint"
+        " REFERENCES badges;"
+        "UPDATE projects SET first = 1, second = 12 WHERE id = 10"
+    )
+    parts = inventory(cells.source, discover(cells.source, parse(FILE)), "1")
+    assert [part.count for part in parts if part.name == "public.badges"] == [2]
+
+
 def wait_for(connection: Connection, condition: str) -> None:
     import time
 

@@ -267,19 +267,15 @@ def read_catalog(
     ignored = frozenset({OWN_SCHEMA, *ignore_schemas})
     asked = (info.host, info.hostaddr, info.port, info.dbname, ignored)
     with qualified_names(connection), connection.cursor(row_factory=dict_row) as cursor:
-        state = _state(cursor)
+        # Before the reading: what changes meanwhile is then read again the next time.
+        state = str(_rows(cursor, "state")[0]["state"])
         if (known := _LAST.get(asked)) is not None and known[0] == state:
             return known[1]
         found = _read(cursor, ignored)
-        if _state(cursor) == state:  # else it is of no single moment
-            if len(_LAST) >= KEPT_DEFINITIONS:
-                _LAST.clear()
-            _LAST[asked] = state, found
+    if asked not in _LAST and len(_LAST) >= KEPT_DEFINITIONS:
+        _LAST.clear()
+    _LAST[asked] = state, found
     return found
-
-
-def _state(cursor: psycopg.Cursor[dict[str, Any]]) -> str:
-    return str(_rows(cursor, "state")[0]["state"])
 
 
 def _rows(

@@ -6,91 +6,90 @@
 -- A digest of all that the other queries here read, without printing any of it: which row versions
 -- the catalogs have. A version has its place and its transaction for itself as long as the server
 -- runs; a crash may take back what was not durable and use a transaction id again, and resets the
--- statistics. Estimates of rows are changed in place. Temporary tables come and go, and are left
--- out with the schemas that they are in. The settings change how definitions are printed.
-WITH kept AS MATERIALIZED (
-    SELECT n.oid, n.xmin, n.ctid
-    FROM pg_namespace AS n
-    WHERE NOT starts_with(n.nspname, 'pg_') AND n.nspname <> 'information_schema'
-), relation AS MATERIALIZED (
-    SELECT c.oid, c.xmin, c.ctid, c.reltuples
-    FROM pg_class AS c
-    WHERE c.relnamespace IN (SELECT oid FROM kept)
-), entry (line) AS (
-    SELECT ROW(1, xmin, ctid)::text FROM kept
+-- statistics. Estimates of rows are changed in place, and only their magnitude counts. The settings
+-- change how definitions are printed. What initdb pins has numbers below 12000 and stays as it is.
+-- The conditions are plain, for every new session plans them. The hashes are linear; a sum of them
+-- will do, since a change either brings a new transaction id into it or takes lines away.
+WITH entry (hash) AS (
+    SELECT hash_record_extended(ROW(t.tableoid, t.xmin, t.ctid), 0) FROM pg_namespace AS t
+    WHERE NOT starts_with(t.nspname, 'pg_')
     UNION ALL
-    SELECT ROW(2, xmin, ctid, reltuples)::text FROM relation
+    SELECT hash_record_extended(ROW(t.tableoid, t.xmin, t.ctid), 0) FROM pg_class AS t
+    WHERE t.oid >= 12000
     UNION ALL
-    SELECT ROW(3, t.xmin, t.ctid)::text FROM pg_attribute AS t
-    WHERE t.attrelid IN (SELECT oid FROM relation)
+    SELECT hash_record_extended(ROW(t.tableoid, t.xmin, t.ctid), 0) FROM pg_attribute AS t
+    WHERE t.attrelid >= 12000
     UNION ALL
-    SELECT ROW(4, t.xmin, t.ctid)::text FROM pg_attrdef AS t
-    WHERE t.adrelid IN (SELECT oid FROM relation)
+    SELECT hash_record_extended(ROW(t.tableoid, t.xmin, t.ctid), 0) FROM pg_attrdef AS t
+    WHERE t.adrelid >= 12000
     UNION ALL
-    SELECT ROW(5, t.xmin, t.ctid)::text FROM pg_constraint AS t
-    WHERE t.connamespace IN (SELECT oid FROM kept)
+    SELECT hash_record_extended(ROW(t.tableoid, t.xmin, t.ctid), 0) FROM pg_constraint AS t
+    WHERE t.oid >= 12000
     UNION ALL
-    SELECT ROW(6, t.xmin, t.ctid)::text FROM pg_index AS t
-    WHERE t.indrelid IN (SELECT oid FROM relation)
+    SELECT hash_record_extended(ROW(t.tableoid, t.xmin, t.ctid), 0) FROM pg_index AS t
+    WHERE t.indexrelid >= 12000
     UNION ALL
-    SELECT ROW(7, t.xmin, t.ctid)::text FROM pg_trigger AS t
-    WHERE t.tgrelid IN (SELECT oid FROM relation)
+    SELECT hash_record_extended(ROW(t.tableoid, t.xmin, t.ctid), 0) FROM pg_trigger AS t
+    WHERE t.oid >= 12000
     UNION ALL
-    SELECT ROW(8, t.xmin, t.ctid)::text FROM pg_rewrite AS t
-    WHERE t.ev_class IN (SELECT oid FROM relation)
+    SELECT hash_record_extended(ROW(t.tableoid, t.xmin, t.ctid), 0) FROM pg_rewrite AS t
+    WHERE t.oid >= 12000
     UNION ALL
-    SELECT ROW(9, t.xmin, t.ctid)::text FROM pg_inherits AS t
-    WHERE t.inhrelid IN (SELECT oid FROM relation)
+    SELECT hash_record_extended(ROW(t.tableoid, t.xmin, t.ctid), 0) FROM pg_inherits AS t
     UNION ALL
-    SELECT ROW(10, t.xmin, t.ctid)::text FROM pg_partitioned_table AS t
-    WHERE t.partrelid IN (SELECT oid FROM relation)
+    SELECT hash_record_extended(ROW(t.tableoid, t.xmin, t.ctid), 0) FROM pg_partitioned_table AS t
     UNION ALL
-    SELECT ROW(11, t.xmin, t.ctid)::text FROM pg_type AS t
-    WHERE t.typnamespace IN (SELECT oid FROM kept)
+    SELECT hash_record_extended(ROW(t.tableoid, t.xmin, t.ctid), 0) FROM pg_type AS t
+    WHERE t.oid >= 12000
     UNION ALL
-    SELECT ROW(12, t.xmin, t.ctid)::text FROM pg_enum AS t
+    SELECT hash_record_extended(ROW(t.tableoid, t.xmin, t.ctid), 0) FROM pg_enum AS t
     UNION ALL
-    SELECT ROW(13, t.xmin, t.ctid)::text FROM pg_range AS t
+    SELECT hash_record_extended(ROW(t.tableoid, t.xmin, t.ctid), 0) FROM pg_range AS t
     UNION ALL
-    SELECT ROW(14, t.xmin, t.ctid)::text FROM pg_sequence AS t
-    WHERE t.seqrelid IN (SELECT oid FROM relation)
+    SELECT hash_record_extended(ROW(t.tableoid, t.xmin, t.ctid), 0) FROM pg_sequence AS t
     UNION ALL
-    SELECT ROW(15, t.xmin, t.ctid)::text FROM pg_extension AS t
+    SELECT hash_record_extended(ROW(t.tableoid, t.xmin, t.ctid), 0) FROM pg_extension AS t
     UNION ALL
-    SELECT ROW(16, t.xmin, t.ctid)::text FROM pg_depend AS t
-    WHERE t.deptype = 'e'
-       OR t.classid = 'pg_class'::regclass AND t.objid IN (SELECT oid FROM relation)
-       OR t.refclassid = 'pg_class'::regclass AND t.refobjid IN (SELECT oid FROM relation)
+    SELECT hash_record_extended(ROW(t.tableoid, t.xmin, t.ctid), 0) FROM pg_depend AS t
+    WHERE t.objid >= 12000
     UNION ALL
-    SELECT ROW(17, t.xmin, t.ctid)::text FROM pg_proc AS t
-    WHERE t.pronamespace IN (SELECT oid FROM kept)
+    SELECT hash_record_extended(ROW(t.tableoid, t.xmin, t.ctid), 0) FROM pg_proc AS t
+    WHERE t.oid >= 12000
     UNION ALL
-    SELECT ROW(18, t.xmin, t.ctid)::text FROM pg_operator AS t
-    WHERE t.oprnamespace IN (SELECT oid FROM kept)
+    SELECT hash_record_extended(ROW(t.tableoid, t.xmin, t.ctid), 0) FROM pg_operator AS t
+    WHERE t.oid >= 12000
     UNION ALL
-    SELECT ROW(19, t.xmin, t.ctid)::text FROM pg_opclass AS t
-    WHERE t.opcnamespace IN (SELECT oid FROM kept)
+    SELECT hash_record_extended(ROW(t.tableoid, t.xmin, t.ctid), 0) FROM pg_opclass AS t
+    WHERE t.oid >= 12000
     UNION ALL
-    SELECT ROW(20, t.xmin, t.ctid)::text FROM pg_collation AS t
-    WHERE t.collnamespace IN (SELECT oid FROM kept)
+    SELECT hash_record_extended(ROW(t.tableoid, t.xmin, t.ctid), 0) FROM pg_cast AS t
+    WHERE t.oid >= 12000
     UNION ALL
-    SELECT ROW(21, t.xmin, t.ctid)::text FROM pg_ts_config AS t
-    WHERE t.cfgnamespace IN (SELECT oid FROM kept)
+    SELECT hash_record_extended(ROW(t.tableoid, t.xmin, t.ctid), 0) FROM pg_collation AS t
+    WHERE t.oid >= 12000
     UNION ALL
-    SELECT ROW(22, t.xmin, t.ctid)::text FROM pg_database AS t
+    SELECT hash_record_extended(ROW(t.tableoid, t.xmin, t.ctid), 0) FROM pg_ts_config AS t
+    WHERE t.oid >= 12000
+    UNION ALL
+    SELECT hash_record_extended(ROW(t.tableoid, t.xmin, t.ctid), 0) FROM pg_ts_dict AS t
+    WHERE t.oid >= 12000
+    UNION ALL
+    SELECT hash_record_extended(ROW(t.tableoid, t.xmin, t.ctid), 0) FROM pg_database AS t
     WHERE t.datname = current_database()
     UNION ALL
-    SELECT ROW(23, t.system_identifier)::text FROM pg_control_system() AS t
+    SELECT hashfloat8extended(round(ln(greatest(t.reltuples, 1))), t.oid::bigint) FROM pg_class AS t
+    WHERE t.oid >= 12000 AND t.relkind IN ('r', 'p', 'm', 'f')
     UNION ALL
-    SELECT ROW(24, pg_postmaster_start_time(), stats_reset)::text FROM pg_stat_bgwriter
+    SELECT hashtextextended(ROW(pg_postmaster_start_time(), stats_reset)::text, 0)
+    FROM pg_stat_bgwriter
     UNION ALL
-    SELECT ROW(25, name, current_setting(name))::text
+    SELECT hashtextextended(ROW(name, current_setting(name))::text, 0)
     FROM unnest(ARRAY[
         'TimeZone', 'DateStyle', 'IntervalStyle', 'extra_float_digits', 'bytea_output',
-        'xmloption', 'lc_monetary', 'quote_all_identifiers'
+        'xmloption', 'lc_monetary', 'quote_all_identifiers', 'standard_conforming_strings'
     ]) AS name
 )
-SELECT format('%%s lines, sum %%s', count(*), sum(hashtextextended(line, 0)::numeric)) AS state
+SELECT format('%%s lines, sum %%s', count(*), sum(hash)) AS state
 FROM entry;
 
 -- name: relations

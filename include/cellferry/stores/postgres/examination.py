@@ -21,7 +21,7 @@ from cellferry.stores.postgres.sessions import PINNED
 #: Settings that change how values are printed or compared.
 _PRINTING = (
     "TimeZone", "DateStyle", "IntervalStyle", "extra_float_digits", "bytea_output", "xmloption",
-    "lc_monetary", "row_security", "jit",
+    "lc_monetary", "standard_conforming_strings", "row_security", "jit",
 )  # fmt: skip
 
 EXAMPLES = 3

@@ -80,35 +80,35 @@ def shared_or_owned(data_map: DataMap, table: Table, organization: str) -> sql.C
     """
     if table.placement is Placement.OWNED:
         return owned_by(data_map, table, "t", organization)
-    ways = [
-        _referred(data_map, key, organization)
+    keys = [
+        key
         for key in data_map.foreign_keys
         if key.parent == table.name
         and not key.temporal
         and data_map.by_name[key.child].placement is Placement.OWNED
     ]
-    if not ways:
-        return None
+    if len(keys) < 2:
+        return _referred(data_map, keys[0], "t", organization) if keys else None
     # Each way is joined by itself: an OR of them would be tested row by row, and where one yields
     # more keys than fit into work_mem, it would be read anew for every row.
     return sql.SQL("(t.tableoid, t.ctid) IN ({})").format(
         sql.SQL(" UNION ").join(
             sql.SQL("SELECT p.tableoid, p.ctid FROM {} AS p WHERE {}").format(
-                table.name.identifier, way
+                table.name.identifier, _referred(data_map, key, "p", organization)
             )
-            for way in ways
+            for key in keys
         )
     )
 
 
-def _referred(data_map: DataMap, key: ForeignKey, organization: str) -> sql.Composed:
+def _referred(data_map: DataMap, key: ForeignKey, row: str, organization: str) -> sql.Composed:
     child = data_map.by_name[key.child]
 
     def columns(names: tuple[str, ...], alias: str) -> sql.Composed:
         return sql.SQL(", ").join(sql.Identifier(alias, name) for name in names)
 
     return sql.SQL("({}) IN (SELECT {} FROM {} AS c WHERE {})").format(
-        columns(key.parent_columns, "p"),
+        columns(key.parent_columns, row),
         columns(key.columns, "c"),
         child.name.identifier,
         owned_by(data_map, child, "c", organization),

@@ -16,7 +16,7 @@ from psycopg import sql
 
 T = TypeVar("T")
 
-#: Data maps of which `once_for_each_definition` keeps what was made.
+#: Data maps or catalogs of which this process keeps what was made.
 KEPT_DEFINITIONS = 16
 
 

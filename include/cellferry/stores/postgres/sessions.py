@@ -37,6 +37,7 @@ PINNED = {
     "bytea_output": "hex",
     "xmloption": "content",
     "lc_monetary": "C",
+    "standard_conforming_strings": "on",
     "search_path": "pg_catalog",
     "row_security": "off",
     "default_transaction_isolation": "read committed",
