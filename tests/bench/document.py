@@ -32,18 +32,22 @@ seconds do not.
 """
 
 
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip()
+
+
 def circumstances(
     load_before: float, cpu_before: Any, began: float, scale: float, runs: int
 ) -> dict[str, Any]:
     """Return what the figures of a section depend on: machine, versions, load, size."""
     memory = psutil.virtual_memory().total / 2**30
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    commit = _git("rev-parse", "--short", "HEAD")
+    # What an earlier section wrote into the page changes nothing that is measured.
+    if _git("status", "--porcelain", "--", ".", *(f":(exclude){one}" for one in (FOLDER, PAGE))):
+        commit += "-dirty"
     return {
         "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(began)),
         "took_s": round(time.time() - began),

@@ -487,6 +487,20 @@ def test_a_large_table_without_an_index_on_its_owner_is_noted(database: Connecti
     assert "public.things" not in notes(database)
 
 
+def test_a_large_table_without_an_index_on_shared_rows_is_noted(database: Connection) -> None:
+    database.execute(
+        "CREATE TABLE users (id int PRIMARY KEY); INSERT INTO users VALUES (1);"
+        f"{THINGS} CREATE INDEX ON things (org);"
+        "ALTER TABLE things ADD author int REFERENCES users;"
+        "INSERT INTO organizations VALUES (1);"
+        "INSERT INTO things SELECT n, 1, 1 FROM generate_series(1, 20000) n; ANALYZE"
+    )
+    assert "no index begins with author" in notes(database)["public.things"]
+    assert "public.users" in notes(database)["public.things"]
+    database.execute("CREATE INDEX ON things (author)")
+    assert "public.things" not in notes(database)
+
+
 def test_a_materialized_view_is_noted(database: Connection) -> None:
     database.execute(f"{THINGS} CREATE MATERIALIZED VIEW sizes AS SELECT count(*) FROM things")
     assert "materialized" in notes(database)["public.sizes"]

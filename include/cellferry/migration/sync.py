@@ -78,7 +78,8 @@ def run_rounds(at: Attempt, kind: str, store: StoreMove) -> list[dict[str, Any]]
     raise NotConverging(
         f"after {len(done)} rounds {last.remaining} keys of {kind} are still dirty and a round "
         f"takes {last.seconds * 1000:.0f} ms",
-        hint="raise the pause budget, lift the throttle, or move at a quieter hour",
+        hint="make the indexes that plan's warnings name, raise the pause budget, lift the"
+        " throttle, or move at a quieter hour",
     )
 
 

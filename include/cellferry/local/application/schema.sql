@@ -133,6 +133,7 @@ CREATE TABLE notes (
     updated_at timestamptz NOT NULL DEFAULT now()
 );
 CREATE INDEX notes_project ON notes (project_id);
+CREATE INDEX notes_author ON notes (author_id);
 CREATE INDEX notes_noteable ON notes (noteable_type, noteable_id);
 CREATE INDEX notes_external_ref ON notes (external_ref) WHERE external_ref IS NOT NULL;
 

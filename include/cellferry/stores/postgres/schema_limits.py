@@ -38,6 +38,8 @@ def find_limits(
         if table.name in unplaced:
             yield _unplaced(table, data_map)
             continue
+        if table.placement is not Placement.CELL_LOCAL:
+            yield from _indexes_to_shared_rows(table, relation, data_map)
         if table.placement not in _MOVED:
             continue
         yield from _row_key(table, relation)
@@ -266,6 +268,27 @@ def _indexes(table: Table, relation: Relation) -> Iterator[Refusal]:
                 str(table.name),
                 f"no index begins with {' or '.join(columns)}: plan, copy, verify and clean-up read"
                 " the whole table for each organization",
+                "CREATE INDEX CONCURRENTLY on it, in every cell",
+            )
+
+
+def _indexes_to_shared_rows(
+    table: Table, relation: Relation, data_map: DataMap
+) -> Iterator[Refusal]:
+    if table.estimated_rows < LARGE_TABLE_ROWS:
+        return
+    for key in data_map.foreign_keys:
+        if key.child != table.name or key.temporal:
+            continue
+        parent = data_map.by_name[key.parent]
+        if parent.placement is not Placement.REFERENCED:
+            continue
+        if not relation.leading_columns.intersection(key.columns):
+            yield _note(
+                str(table.name),
+                f"no index begins with {' or '.join(key.columns)}: whenever rows of {parent.name}"
+                " are brought or change, the whole table is read to find out who else uses them;"
+                " rounds may never become short enough for a cutover",
                 "CREATE INDEX CONCURRENTLY on it, in every cell",
             )
 
