@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
 import time
 import traceback
@@ -52,6 +53,8 @@ def main() -> int:
     folder, page = document.FOLDER, document.PAGE
     if arguments.folder:
         folder, page = arguments.folder, arguments.folder / "benchmarks.md"
+    # Told to end, it unwinds: every server and fleet that was started is stopped.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     missed, failed = 0, list[str]()
     for name in asked or SECTIONS:
         print(f"{name} …", flush=True)
