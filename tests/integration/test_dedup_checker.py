@@ -149,6 +149,11 @@ def prolong_a_seed(played: Played) -> None:
         server.pexpireat(PREFIX + b"pcs-seed-7", SEEDS.expires_ms(7) + 1)
 
 
+def invent_a_counter(played: Played) -> None:
+    with an_owned_key(played, b"count-of-nobody") as server:
+        server.incrby(PREFIX + b"count-of-nobody", 1)
+
+
 def count_once_more(played: Played) -> None:
     with an_owned_key(played, b"count-7") as server:
         server.incrby(PREFIX + b"count-7", 1)
@@ -190,6 +195,7 @@ def leave_a_key_at_another_shard(played: Played) -> None:
     [
         overwrite_a_seed,
         prolong_a_seed,
+        invent_a_counter,
         count_once_more,
         write_an_old_value,
         bring_a_released_id_back,

@@ -5,8 +5,8 @@ looks at the servers through a client library. What it knows of the traffic is i
 
 What must hold: an id is accepted once in its life; an id that was refused was accepted for
 somebody; what was accepted, written or counted is at the shard that owns it, with the expiry that
-it had; what was released or deleted is nowhere. A client that was killed, or that got no answer,
-leaves one operation of which both outcomes are right.
+it had; what was released or deleted is nowhere, nor what no client named. A client that was killed,
+or that got no answer, leaves one operation of which both outcomes are right.
 """
 
 from __future__ import annotations
@@ -170,7 +170,10 @@ def check(
             _check_counter(verdict, key, operations, held)
         else:
             _check_value(verdict, key, operations, held)
+    known = histories.keys() | {seeds.key(number) for number in range(seeds.count)}
     for name, keys in contents.items():
+        for key in keys.keys() - known:
+            verdict.mismatch(f"{key.decode()} is at {name}, and no client ever named it")
         strays = [key for key in keys if ring.owner(key) != name]
         verdict.left_behind += len(strays)
         if is_clean:
