@@ -20,6 +20,7 @@ SECTIONS = (
     "copying",
     "verifying",
     "pause",
+    "pause_sizes",
     "neighbours",
     "gate_cost",
     "redis_copy",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import psycopg
@@ -43,13 +44,22 @@ UNFILTERED = ("label_links", "merge_request_files")
 TABLES = tuple(table for table in OWNED if table not in UNFILTERED)
 _POLL_S = 0.001
 
+STEPS = ("fence", "bring what is left", "flip", "note and open")
+"""What a script does while its writers wait."""
+
 
 @dataclass
 class Scripts:
-    """Moves the large organization to and fro, without the product."""
+    """Moves the large organization to and fro, without the product.
+
+    Attributes:
+        flips: when each changed the route, seconds since 1970.
+        fenced: the seconds of each one's `STEPS`.
+    """
 
     cells: BenchCells
     flips: list[float] = field(default_factory=list)
+    fenced: list[list[float]] = field(default_factory=list)
 
     def prepare(self) -> None:
         """Make the fence, and what a row filter asks of the tables, in both cells."""
@@ -156,9 +166,12 @@ class Scripts:
             )
             topology.commit()
             opening.execute("DELETE FROM bench_fence WHERE organization = %s", (LARGE,))
+            marks = [time.perf_counter()]
             source.execute("SELECT pg_advisory_lock(4711, %s)", (LARGE,))
+            marks.append(time.perf_counter())
             try:
                 bring()
+                marks.append(time.perf_counter())
                 topology.execute(
                     "UPDATE topology.route SET cell = %s, epoch = epoch + 1, actor = 'script',"
                     " migration = NULL, changed_at = clock_timestamp() WHERE organization = %s",
@@ -166,11 +179,14 @@ class Scripts:
                 )
                 topology.commit()
                 self.flips.append(time.time())
+                marks.append(time.perf_counter())
                 source.execute(
                     "INSERT INTO bench_fence VALUES (%s, %s, %s)", (LARGE, there, epoch + 1)
                 )
             finally:
                 source.execute("SELECT pg_advisory_unlock(4711, %s)", (LARGE,))
+            marks.append(time.perf_counter())
+            self.fenced.append([later - mark for mark, later in pairwise(marks)])
 
     def _bring_users(self) -> None:
         with self.cells.admin(SOURCE) as source, self.cells.admin(DESTINATION) as destination:

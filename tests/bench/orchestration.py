@@ -2,7 +2,7 @@
 
 A whole local fleet, with Airflow as `make demo` starts it, moves small organizations around its
 cells: one run, several runs, and with a thousand organizations waiting for their TTL. Beside it
-the library alone, in two processes, moves the same organizations by the same steps.
+the library alone, in a few processes, moves the same organizations by the same steps.
 """
 
 from __future__ import annotations
@@ -38,9 +38,13 @@ ROWS, KEYS = 40, 12
 RUNS, SIZE = 8, 25
 FEW, SMALL = 4, 10
 WAITING = 1_000
+WAITING_ROWS, WAITING_KEYS = 10, 2
+"""Of each organization that waits for its TTL: no step of what is measured reads them."""
 #: A wave counts when at least this share of it was moved.
 ENOUGH = 0.95
 SOAK_S = 2
+ALONE_AT_ONCE = 6
+"""Processes of the library alone: enough that some work while others wait for a soak."""
 WITHIN_S = 1_800
 
 #: Where processor time goes, in the order of the table.
@@ -154,6 +158,8 @@ class Place:
     fleet: Fleet
     context: Context
     api: AirflowApi
+    waiters: Sequence[str]
+    """Organizations that no wave moves."""
 
     def organizations(self, cell: str) -> list[str]:
         """Return the ids of those that live in `cell` and are not on their way."""
@@ -164,7 +170,7 @@ class Place:
         }
         routes = self.context.topology.routes()
         found = {one.organization for one in routes if one.cell == cell}
-        return sorted(found - busy, key=int)
+        return sorted(found - busy - set(self.waiters), key=int)
 
     def around(self, count: int) -> tuple[list[str], str]:
         """Return `count` organizations of the fullest cell, and the next cell."""
@@ -233,17 +239,23 @@ class Place:
             else:
                 time.sleep(1)
 
-    def let_wait(self, organizations: int) -> int:
-        """Start the clean-up runs of so many organizations, due in a day; return how many runs.
+    def let_wait(self, organizations: Sequence[str]) -> tuple[int, int]:
+        """Move organizations without Airflow up to their TTL, and start their clean-up runs.
 
-        That is how the product waits for a TTL of more than an hour.
+        Their old copies, gates and records are there, and their clean-up is due in a day. That is
+        how the product waits for a TTL of more than an hour.
+
+        Returns:
+            How many organizations wait, and in how many runs.
         """
-        numbers = [one.id for one in self.context.topology.migrations(states={State.COMPLETED})]
+        with _movers(ALONE_AT_ONCE) as pool:
+            jobs = [(one, CELLS[1], False) for one in organizations]
+            numbers = list(pool.map(_move_alone, jobs, chunksize=4))
+        waiting = {one.id for one in self.context.topology.migrations(states={State.RETAINED})}
+        numbers = [one for one in numbers if one in waiting]
         due = (datetime.now(UTC) + timedelta(days=1)).isoformat()
-        size = min(SIZE, len(numbers), organizations)
-        runs = organizations // size
-        for number in range(runs):
-            first = number * size % max(1, len(numbers) - size + 1)
+        runs = [numbers[first : first + SIZE] for first in range(0, len(numbers), SIZE)]
+        for number, some in enumerate(runs):
             self.api._send(
                 "POST",
                 f"/api/v2/dags/{CLEAN_UP}/dagRuns",
@@ -251,20 +263,20 @@ class Place:
                     "dag_run_id": f"bench-{number}",
                     "logical_date": None,
                     "run_after": due,
-                    "conf": {"migrations": numbers[first : first + size]},
+                    "conf": {"migrations": some},
                 },
             )
-        return runs
+        self.bench.say(f"{len(numbers)} organizations wait for their TTL in {len(runs)} runs")
+        return len(numbers), len(runs)
 
-    def alone(self, count: int, processes: int = 2) -> Wave:
+    def alone(self, count: int, processes: int = ALONE_AT_ONCE) -> Wave:
         """Move `count` organizations by the same steps without Airflow."""
         movers, destination = self.around(count)
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            list(pool.map(_import, range(processes)))
+        with _movers(processes) as pool:
             workers = [psutil.Process(one) for one in pool._processes]
             before = {**processor_time(self.fleet), ALONE: sum(map(_own, workers))}
             began = time.perf_counter()
-            jobs = [(one, destination) for one in movers]
+            jobs = [(one, destination, True) for one in movers]
             list(pool.map(_move_alone, jobs))
             wall_s = time.perf_counter() - began
             after = {**processor_time(self.fleet), ALONE: sum(map(_own, workers))}
@@ -280,27 +292,45 @@ class Place:
         return found
 
 
-def _import(_number: int) -> None:
-    time.sleep(0.5)  # so that each process of the pool gets one of these
+@contextmanager
+def _movers(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Yield so many processes that have imported everything."""
+    context = get_context("spawn")
+    all_there = context.Barrier(count)
+    with ProcessPoolExecutor(count, context, _remember, (all_there,)) as pool:
+        list(pool.map(_wait_for_all, range(count)))
+        yield pool
 
 
-def _move_alone(job: tuple[str, str]) -> None:
-    """Move one organization, from the plan to the clean-up."""
-    organization, destination = job
+def _remember(barrier: Any) -> None:
+    globals()["_all_there"] = barrier
+
+
+def _wait_for_all(_number: int) -> None:
+    globals()["_all_there"].wait(120)
+
+
+def _move_alone(job: tuple[str, str, bool]) -> int:
+    """Move one organization, from the plan to the soak or, if wanted, the clean-up."""
+    organization, destination, is_cleaned_up = job
     loaded, connections = settings.load(settings.default_path()), settings.from_environment()
     with Context.from_settings(loaded, connections, actor=ACTOR) as context:
         options = MoveOptions(ttl_s=0, soak_s=SOAK_S)
+        if not is_cleaned_up:
+            options = MoveOptions(ttl_s=86_400, soak_s=0)
         planned = steps.plan(context, organization, destination, options=options, record=True)
         if planned.migration is None:
             raise RuntimeError(f"{organization} has no migration")
-        for step in (steps.copy, steps.sync, steps.verify, steps.cutover, steps.soak,
-                     steps.cleanup):  # fmt: skip
+        for step in (steps.copy, steps.sync, steps.verify, steps.cutover, steps.soak):
             step(context, planned.migration)
+        if is_cleaned_up:
+            steps.cleanup(context, planned.migration)
+        return planned.migration
 
 
 @contextmanager
-def _running(bench: Bench, organizations: int) -> Iterator[Place]:
-    """Start the fleet, and seed organizations of a few rows."""
+def _running(bench: Bench, organizations: int, waiting: int) -> Iterator[Place]:
+    """Start the fleet, and seed organizations of a few rows; the last are to wait for a TTL."""
     fleet = Fleet(ROOT, bench.root / "fleet")
     bench.stack.callback(fleet.wipe)
     fleet.up(airflow=False)
@@ -317,7 +347,13 @@ def _running(bench: Bench, organizations: int) -> Iterator[Place]:
             seeds = [
                 Seed(Organization(str(101 + one), f"small-{one + 1}"), CELLS[0], ROWS, KEYS)
                 for one in range(organizations)
-            ]
+            ] + [
+                Seed(
+                    Organization(str(100_001 + one), f"waiting-{one + 1}"), CELLS[0], WAITING_ROWS,
+                    WAITING_KEYS,
+                )
+                for one in range(waiting)
+            ]  # fmt: skip
             application._provision_organizations(seeds)
             seeding.seed(application.places, seeds)
             context.topology.register_organizations(
@@ -326,11 +362,12 @@ def _running(bench: Bench, organizations: int) -> Iterator[Place]:
             for cell in loaded.cells:
                 steps.prepare_cell(context, cell)
             fleet.up(airflow=True)
-            bench.say(f"the fleet is up, with {organizations} organizations")
+            bench.say(f"the fleet is up, with {organizations + waiting} organizations")
             with AirflowApi(fleet.airflow_url, *fleet.airflow_credentials) as api:
                 for dag in (DAG, CLEAN_UP):
                     api.wait_for_dag(dag)
-                yield Place(bench, fleet, context, api)
+                waiters = [one.organization.id for one in seeds[organizations:]]
+                yield Place(bench, fleet, context, api, waiters)
     finally:
         os.environ.clear()
         os.environ.update(before)
@@ -343,13 +380,15 @@ def run(bench: Bench) -> Section:
     """Measure waves of several sizes, with and without others waiting, and the library alone."""
     size, small = bench.size(SIZE, least=2), bench.size(SMALL, least=2)
     runs, few = bench.size(RUNS, least=2), bench.size(FEW, least=2)
-    first = 2
-    with _running(bench, runs * size + first + small + size + few * small) as place:
+    first, waiting = 2, bench.size(WAITING, least=4)
+    moving = first + small + size + few * small + 2 * size + runs * size
+    with _running(bench, moving, waiting) as place:
         place.wave("warm-up", 1, first)
         waves = [
             place.wave(f"1 run of {small}", 1, small),
             place.wave(f"1 run of {size}", 1, size),
             place.wave(f"{few} runs of {small}", few, small),
+            place.wave(f"2 runs of {size}, one request", 2, size),
             place.wave(f"{runs} runs of {size}", runs, size),
         ]
         full = waves[-1]
@@ -358,8 +397,7 @@ def run(bench: Bench) -> Section:
         idle = sum(_between(began[0], processor_time(place.fleet)).values()) / (
             time.perf_counter() - began[1]
         )
-        waiting = bench.size(WAITING, least=4)
-        waiting_runs = place.let_wait(waiting)
+        waiting, waiting_runs = place.let_wait(place.waiters)
         beside = place.wave(f"{runs} runs of {size}, {waiting:,} wait", runs, size)
         waves.append(beside)
         alone = place.alone(bench.size(60, least=4))
@@ -396,14 +434,15 @@ def run(bench: Bench) -> Section:
                 " reaper in Airflow and one beside it."
             ),
             (
-                f"The {waiting:,} organizations wait as the product lets them: in {waiting_runs}"
-                " clean-up runs whose time is in the future. Airflow filters those in SQL, and no"
-                " task of theirs is there before. Only a TTL of an hour or less is waited for by"
-                " a deferred task."
+                f"The {waiting:,} organizations have been cut over: their old copies, of about"
+                f" {WAITING_ROWS} rows and {WAITING_KEYS} keys, their gates and their records are"
+                f" there. They wait as the product lets them: in {waiting_runs} clean-up runs whose"
+                " time is in the future. Airflow filters those in SQL, and no task of theirs is"
+                " there before. Only a TTL of an hour or less is waited for by a deferred task."
             ),
             (
                 f"A request for more than {SIZE} organizations becomes several runs, so there is no"
-                " run of 50."
+                f" run of {2 * size}."
             ),
             f"The strategy that the plan chose: {full.strategies}.",
             *(f"{one.name}: {one.failed} organizations failed." for one in waves if one.failed),
@@ -419,7 +458,7 @@ rows and {KEYS} keys, with DAG `{DAG}`, `soak_s` {SOAK_S} and `ttl_s` 0, so that
 copied, verified, cut over, soaked and its old copy deleted. All runs of a line are triggered at
 once; the time is from the first trigger to the end of the last run. Processor time is of all
 processes of the fleet, so servers, both reapers and Airflow's own loops count. Nobody writes
-meanwhile. The library alone does the same steps in two processes that are warm already.
+meanwhile. The library alone does the same steps in {ALONE_AT_ONCE} processes that are warm already.
 """
 
 

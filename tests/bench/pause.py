@@ -1,104 +1,124 @@
-"""How long writers wait at a cutover: the distribution, beside two scripts, and against size."""
+"""How long writers wait at a cutover: the distribution, where it goes, and beside two scripts."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import psutil
 import psycopg
 from tests.bench.cells import APPLICATION, DATABASE, DESTINATION, LARGE, SOURCE, BenchCells
 from tests.bench.harness import POSTGRES, Bench, Section, Table, Target, percentile
-from tests.bench.moving_scripts import ENTER, Scripts
+from tests.bench.moving_scripts import ENTER, STEPS, Scripts
 from tests.bench.steady_writers import Written, writing
 from tests.fault import alternations
 
 from cellferry.local.application import Checked
 from cellferry.local.application.checker import read_history
-from cellferry.local.application.ledger import Outcome
+from cellferry.local.application.ledger import Operation, Outcome
 from cellferry.model import Organization
+from cellferry.stores.postgres import gate
+from cellferry.stores.postgres.delta import Delta
+from cellferry.stores.postgres.rounds import Rounds
+from cellferry.stores.postgres.store import PostgresMove
 
-WRITES_PER_S = 580
-"""Asked of the writers; the target speaks of 500 acknowledged."""
-SIZES: Mapping[int, int] = {10_000: 6, 100_000: 5, 1_000_000: 3, 5_000_000: 1}
-"""How often an organization of so many rows moves there and back."""
+WRITES_PER_S = 620
+"""Asked of the writers; the target speaks of 500 acknowledged, and 85% go to who moves."""
 FEW_PER_S = 60
 """Asked where the controller is to have the processors nearly to itself."""
 
 _METHOD = """
 Writers in two processes of their own send transactions to four organizations of the sample
 application, 85% of them to the one that moves, in both of its stores (PostgreSQL and Valkey,
-durable commits); the library moves it to the other cell and takes it back, again and again: each
-passes the same barrier. The pause of one cutover is the longest time that any write of the
-organization waited from its first attempt to its acknowledgement, of all writes that overlap the
-400 ms before and after the flip; refused attempts, hops and reconnections are in it, and so is
-whatever else held a write up then. Afterwards the application's checker compares every recorded
-write with both cells. The scripts move an organization of the bench's own schema, PostgreSQL
-alone, with the same writers as cellferry beside them, in turn: *native replication* is a
-publication with row filters and a subscription, caught up; then fence, wait until the slot has
-confirmed the LSN, flip, resume. *Dump and load* fences first and copies every table in binary.
-Both scripts keep all sessions open, have a fence that is exact and costs nothing, bring users
-before, leave out what a row filter cannot name and sequences (each cell has its own range), verify
-nothing while writers wait, and would not survive a crash. Sizes: organizations of the sample
-application together in two further cells, each moved to and fro.
+durable commits); the library moves it to the other cell and rolls the move back, again and again:
+half of the cutovers are the roll-backs', which pass the same barrier. The pause of one cutover is
+the longest time that any write of the organization waited from its first attempt to its
+acknowledgement, of all writes that overlap the 400 ms before and after the flip; refused attempts,
+hops and reconnections are in it, and so is whatever else held a write up then: the same figure for
+moments away from every flip says how much that is. Afterwards the application's checker compares
+every recorded write with both cells. The scripts move an organization of the bench's own schema,
+PostgreSQL alone, with the same writers as cellferry beside them, in a turning order: *native
+replication* is a publication with row filters and a subscription, caught up; then fence, wait until
+the slot has confirmed the LSN, flip, resume. *Dump and load* fences first and copies every table in
+binary. Both scripts keep all sessions open, have an exact fence that asks one lock and one row of
+each transaction, bring users before, leave out what a row filter cannot name and sequences (each
+cell has its own range), compare nothing, and record nothing by which another process could finish
+or undo what they began.
 """
 
 
 @dataclass
-class _Passed:
+class Passed:
     """Pauses of one organization, in seconds, and where the controller saw them go.
 
     Attributes:
-        per_s: acknowledged writes per second.
-        busy: share of the processors that was busy meanwhile.
+        there: at cutovers.
+        back: at roll-backs.
+        quiet: the longest wait in as long a time as counts at a flip, away from every flip.
+        longest: of any write of it, at whatever time.
+        retries: steps that had to be tried again.
+        parts: of the barrier, for each flip.
+        finishing: parts of `finish` in PostgreSQL, for each flip.
+        per_s: acknowledged writes per second, and of those the organization's that moves.
+        busy: share of the processors that was busy, over whole moves.
     """
 
     there: Sequence[float]
     back: Sequence[float]
-    parts: list[Mapping[str, float]] = field(default_factory=list)
-    per_s: float = 0.0
-    busy: float = 0.0
+    quiet: Sequence[float]
+    longest: float
+    retries: int
+    parts: list[Mapping[str, float]]
+    finishing: list[Mapping[str, float]]
+    per_s: tuple[float, float]
+    busy: float
 
     @property
     def all(self) -> list[float]:
         """Both directions."""
         return [*self.there, *self.back]
 
+    @property
+    def closed(self) -> list[float]:
+        """For how long the controller had the gate closed, ms."""
+        return in_ms([sum(parts.values()) for parts in self.parts])
+
 
 def run(bench: Bench) -> Section:
     """Measure the pause."""
     at_rates, checks = _distribution(bench)
     passed, few = at_rates[WRITES_PER_S], at_rates[FEW_PER_S]
-    of_size = _sizes(bench, checks)
     peers = _beside_scripts(bench)
-    all_pauses = _ms(passed.all)
+    pauses = in_ms(passed.all)
     why = _why(passed, few)
-    medians = {name: statistics.median(_ms(found)) for name, found in peers.pauses.items()}
-    native = [medians[name] for name in (_NATIVE, _NATIVE_DURABLE) if name in medians]
-    ratio = min(native) / medians[_CELLFERRY] if native and _CELLFERRY in medians else 0.0
-    by_size = {rows: statistics.median(_ms(one.all)) for rows, one in of_size.items()}
-    closed = {rows: statistics.median(_closed(one)) for rows, one in of_size.items()}
-    flat = max(by_size.values()) / min(by_size.values())
+    medians = {name: statistics.median(in_ms(found)) for name, found in peers.pauses.items()}
+    ratio = 0.0
+    if not peers.ended:
+        ratio = min(medians[_NATIVE], medians[_NATIVE_DURABLE]) / medians[_CELLFERRY]
     return Section(
         "Write pause",
         _METHOD,
         [
             Table(
-                ("", "cutovers", "p50 ms", "p95 ms", "longest ms"),
+                ("", "flips", "p50 ms", "p95 ms", "longest ms"),
                 [
-                    _row("there", passed.there),
-                    _row("back", passed.back),
+                    _row("cutover", passed.there),
+                    _row("roll-back", passed.back),
                     _row("together", passed.all),
+                    _row("as long a time without a flip", passed.quiet),
                 ],
-                f"cellferry, {passed.per_s:.0f} acknowledged writes/s, as the writers saw it",
+                f"cellferry, {passed.per_s[0]:.0f} acknowledged writes/s,"
+                f" {passed.per_s[1]:.0f} of them to who moves, as the writers saw it",
             ),
             _where(passed, few),
+            _inside_finish(passed),
             Table(
-                ("", "cutovers", "p50 ms", "p95 ms", "longest ms", "p50 against cellferry"),
+                ("", "flips", "p50 ms", "p95 ms", "longest ms", "p50 against cellferry"),
                 [
                     (*_row(name, found), medians[name] / medians.get(_CELLFERRY, medians[name]))
                     for name, found in peers.pauses.items()
@@ -106,37 +126,23 @@ def run(bench: Bench) -> Section:
                 f"beside scripts, {peers.rows:,} rows, {peers.per_s:.0f} acknowledged writes/s",
             ),
             Table(
-                ("rows", "cutovers", "p50 ms", "longest ms", "gate closed, p50 ms"),
+                ("", *(f"{step}, p50 ms" for step in STEPS)),
                 [
-                    (rows, len(one.all), by_size[rows], max(_ms(one.all)), closed[rows])
-                    for rows, one in of_size.items()
+                    (name, *(statistics.median(in_ms(step)) for step in zip(*found, strict=True)))
+                    for name, found in peers.fenced.items()
                 ],
-                "against size",
+                "where a script's time goes",
             ),
         ],
         [
-            Target(
-                "p50 of the write pause",
-                50,
-                statistics.median(all_pauses),
-                "ms",
-                why=why,
-            ),
-            Target("longest write pause", 300, max(all_pauses), "ms", why=why),
+            Target("p50 of the write pause", 50, statistics.median(pauses), "ms", why=why),
+            Target("longest write pause", 300, max(pauses), "ms", why=why),
             Target(
                 "native replication's p50 against cellferry's",
                 3,
                 ratio,
                 at_least=True,
-                why=peers.ended
-                or "the better of the two settings of the subscription counts; the script does less"
-                " under the fence: it verifies nothing and leaves nothing durable for a crash",
-            ),
-            Target(
-                "pause of the slowest size against the fastest",
-                1.5,
-                flat,
-                why="medians of few cutovers, on cores that the writers share",
+                why=peers.ended or _why_not_shorter(passed, peers),
             ),
         ],
         [
@@ -146,53 +152,52 @@ def run(bench: Bench) -> Section:
                 f" {sum(one.doubled for one in checks)} doubled."
             ),
             (
-                f"Beside the scripts: {peers.writes:,} writes, {peers.lost} lost, {peers.doubled}"
-                " doubled."
+                f"Steps that had to be tried again: {passed.retries}. The longest that any write"
+                " to who moves waited, at whatever time of its moves, is"
+                f" {passed.longest * 1000:.0f} ms."
             ),
             (
-                f"The processors were {passed.busy:.0%} busy at {passed.per_s:.0f} writes/s, and"
-                f" {few.busy:.0%} at {few.per_s:.0f}: writers, servers and controller together."
+                "Beside the scripts: "
+                + "; ".join(
+                    f"{name} {found.writes:,} writes, {found.lost} lost, {found.doubled} doubled"
+                    for name, found in peers.faults.items()
+                )
+                + "."
+            ),
+            (
+                f"Over whole moves the processors were {passed.busy:.0%} busy with"
+                f" {passed.per_s[0]:.0f} writes/s and {few.busy:.0%} with {few.per_s[0]:.0f}:"
+                " writers, servers and controller together."
             ),
             *([f"The scripts were not measured to the end: {peers.ended}"] if peers.ended else []),
         ],
     )
 
 
-# ── the distribution, and sizes ─────────────────────────────────────────────────────────────────
+# ── the distribution ────────────────────────────────────────────────────────────────────────────
 
 
-def _distribution(bench: Bench) -> tuple[dict[int, _Passed], list[Checked]]:
+def _distribution(bench: Bench) -> tuple[dict[int, Passed], list[Checked]]:
     """Return what writers waited by the rate asked of them, in cells of their own each."""
     found, checks = {}, []
     for rate, times in ((WRITES_PER_S, bench.size(50, 2)), (FEW_PER_S, bench.size(10, 2))):
         with alternations.opened(POSTGRES, rows=bench.size(2_000, 500)) as fleet:
             moved = fleet.application.organizations_to_move(1)[0]
-            found[rate] = _alternate(bench, fleet, moved, times, rate)
-            checks.append(_checked(fleet))
+            found[rate] = alternate(bench, fleet, moved, times, rate)
+            checks.append(check(fleet))
     return found, checks
 
 
-def _sizes(bench: Bench, checks: list[Checked]) -> dict[int, _Passed]:
-    """Return what writers waited by the size of the organization that moved."""
-    found = {}
-    sizes = {bench.size(rows, 300): bench.size(times, 1) for rows, times in SIZES.items()}
-    with alternations.opened(POSTGRES, rows=bench.size(2_000, 500), sizes=list(sizes)) as fleet:
-        bench.say("cells with all sizes are ready")
-        by_slug = {one.slug: one for one in fleet.application.organizations()}
-        for rows, times in sizes.items():
-            found[rows] = _alternate(bench, fleet, by_slug[f"sized-{rows}"], times, WRITES_PER_S)
-        checks.append(_checked(fleet))
-    return found
-
-
-def _alternate(
+def alternate(
     bench: Bench, fleet: alternations.Fleet, moved: Organization, times: int, rate: int
-) -> _Passed:
+) -> Passed:
+    """Move `moved` there and back `times` times, while so many writes/s are asked for."""
+    retries = 0
     psutil.cpu_percent(None)
     began = time.time()
-    with fleet.application.start_traffic(rate, focus=[moved]):
+    with fleet.application.start_traffic(rate, focus=[moved]), _profiled() as finishing:
         for number in range(1, times + 1):
-            alternations.there_and_back(fleet.context, moved)
+            retries += alternations.there_and_back(fleet.context, moved)
             if number == times or number % 10 == 0:
                 bench.say(f"{moved.slug}: there and back {number} of {times}, {rate} writes/s")
         time.sleep(1)
@@ -205,64 +210,179 @@ def _alternate(
         for name in ("pause", "pause_back")
         if (facts := migration.facts.get(name))
     ]
-    done = [
-        one.wall + one.seconds
-        for one in ledger.operations
-        if one.outcome is Outcome.ACKNOWLEDGED and not one.is_read and one.wall >= began
+    writes = [one for one in ledger.operations if not one.is_read and one.wall >= began]
+    done = [one for one in writes if one.outcome is Outcome.ACKNOWLEDGED]
+    took = max(one.wall + one.seconds for one in done) - min(one.wall for one in done)
+    of_moved = [one for one in done if one.organization == moved.id]
+    flips = [
+        one.at
+        for one in read_history(fleet.topology_url)
+        if one.organization == moved.id and one.epoch > 1
     ]
-    per_s = len(done) / (max(done) - min(done))
-    return _Passed(found["cutover"], found["switchback"], parts, per_s, busy)
+    return Passed(
+        there=found["cutover"],
+        back=found["switchback"],
+        quiet=_away_from(flips, of_moved),
+        longest=max(one.seconds for one in writes if one.organization == moved.id),
+        retries=retries,
+        parts=parts,
+        finishing=finishing,
+        per_s=(len(done) / took, len(of_moved) / took),
+        busy=busy,
+    )
 
 
-def _checked(fleet: alternations.Fleet) -> Checked:
+def _away_from(flips: Sequence[float], writes: Sequence[Operation]) -> list[float]:
+    """Return the longest waits in spans as long as one around a flip, but away from all of them."""
+    span = 2 * alternations.AROUND_FLIP_S
+    near = {int((at + shift) / span) for at in flips for shift in (-span, 0, span)}
+    longest: dict[int, float] = {}
+    for one in writes:
+        for number in range(int(one.wall / span), int((one.wall + one.seconds) / span) + 1):
+            if number not in near:
+                longest[number] = max(longest.get(number, 0.0), one.seconds)
+    return list(longest.values())
+
+
+def check(fleet: alternations.Fleet) -> Checked:
+    """Let the application compare what it recorded with both cells.
+
+    Raises:
+        RuntimeError: something is lost, doubled or changed.
+    """
     checked = fleet.application.check()
     if not checked.ok:
         raise RuntimeError("; ".join(checked.faults))
     return checked
 
 
-def _where(passed: _Passed, few: _Passed) -> Table:
+# ── where it goes ───────────────────────────────────────────────────────────────────────────────
+
+#: Parts of the barrier in the order of time: their names in a migration's facts, and in words.
+_BARRIER = {
+    "freeze redis": "freeze Valkey",
+    "freeze postgres": "freeze PostgreSQL: lock the gate, drain, commit",
+    "finish": "finish: last delta to both stores of the other cell, compared, committed",
+    "flip": "flip: the topology commits the new route",
+    "hand over": "hand over: both gates learn it, two commits at once",
+    "release": "release: writers that wait hear of it",
+}
+#: What `finish` does in PostgreSQL, one after the other.
+_FINISH: Mapping[str, tuple[Any, str]] = {
+    "read the log": (Rounds, "_read_log"),
+    "read the rows": (Delta, "_read"),
+    "write them, compare hashes, look for what they refer to": (Delta, "_write"),
+    "arm the way back": (gate, "arm_reverse"),
+}
+
+
+@contextmanager
+def _profiled() -> Iterator[list[Mapping[str, float]]]:
+    """Yield the seconds of each part of every `finish` meanwhile; "all" is the whole."""
+    found: list[Mapping[str, float]] = []
+    current: dict[str, float] | None = None
+    whole = PostgresMove.finish
+
+    def timed(name: str, owner: Any, method: str) -> Any:
+        plain = getattr(owner, method)
+
+        def measured(*given: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return plain(*given)
+            finally:
+                if current is not None:
+                    current[name] = current.get(name, 0.0) + time.perf_counter() - began
+
+        return mock.patch.object(owner, method, measured)
+
+    def finish(move: PostgresMove) -> Any:
+        nonlocal current
+        current = dict.fromkeys(_FINISH, 0.0)
+        began = time.perf_counter()
+        try:
+            return whole(move)
+        finally:
+            found.append({**current, "all": time.perf_counter() - began})
+            current = None
+
+    with ExitStack() as stack:
+        for name, (owner, method) in _FINISH.items():
+            stack.enter_context(timed(name, owner, method))
+        stack.enter_context(mock.patch.object(PostgresMove, "finish", finish))
+        yield found
+
+
+def _where(passed: Passed, few: Passed) -> Table:
     parts, unhurried = _parts(passed), _parts(few)
     rows: list[list[str | float | None]] = [
         [
-            name,
-            statistics.median(found),
-            max(found),
+            words,
+            statistics.median(parts[name]),
+            max(parts[name]),
             statistics.median(unhurried[name]) if name in unhurried else None,
         ]
-        for name, found in parts.items()
+        for name, words in _BARRIER.items()
+        if name in parts
     ]
-    closed, closed_few = _closed(passed), _closed(few)
     rows.append(
-        ["gate closed", statistics.median(closed), max(closed), statistics.median(closed_few)]
+        ["all", statistics.median(passed.closed), max(passed.closed), statistics.median(few.closed)]
     )
-    seen, seen_few = statistics.median(_ms(passed.all)), statistics.median(_ms(few.all))
-    rows.append(["as a writer saw it", seen, max(_ms(passed.all)), seen_few])
     return Table(
-        ("part", "p50 ms", "longest ms", f"p50 ms at {few.per_s:.0f} writes/s"),
+        ("part", "p50 ms", "longest ms", f"p50 ms with {few.per_s[0]:.0f} writes/s"),
         rows,
-        f"where the controller saw it go, {passed.per_s:.0f} writes/s",
+        f"where the controller saw it go, {passed.per_s[0]:.0f} writes/s",
     )
 
 
-def _closed(passed: _Passed) -> list[float]:
-    return _ms([sum(parts.values()) for parts in passed.parts])
+def _inside_finish(passed: Passed) -> Table:
+    whole = [one["all"] for one in passed.finishing]
+    rest = [2 * one["all"] - sum(one.values()) for one in passed.finishing]
+    return Table(
+        ("part", "p50 ms", "longest ms"),
+        [
+            *(
+                (name, *_median_and_most([one[name] for one in passed.finishing]))
+                for name in _FINISH
+            ),
+            ("begin and commit at both, mark it, wait for a standby", *_median_and_most(rest)),
+            ("all", *_median_and_most(whole)),
+        ],
+        "inside finish, PostgreSQL",
+    )
 
 
-def _parts(passed: _Passed) -> Mapping[str, list[float]]:
+def _median_and_most(seconds: Sequence[float]) -> tuple[float, float]:
+    return statistics.median(in_ms(seconds)), max(in_ms(seconds))
+
+
+def _parts(passed: Passed) -> Mapping[str, list[float]]:
     names = dict.fromkeys(name for one in passed.parts for name in one)
-    return {name: _ms([one[name] for one in passed.parts if name in one]) for name in names}
+    return {name: in_ms([one[name] for one in passed.parts if name in one]) for name in names}
 
 
-def _why(passed: _Passed, few: _Passed) -> str:
+def _why(passed: Passed, few: Passed) -> str:
     parts = {name: statistics.median(found) for name, found in _parts(passed).items()}
     longest = ", ".join(
         f"{name} {parts[name]:.0f} ms" for name in sorted(parts, key=lambda one: -parts[one])[:3]
     )
     return (
-        f"medians of the largest parts: {longest}; {passed.per_s:.0f} writes/s and the three"
-        f" servers share the two cores, {passed.busy:.0%} busy: with {few.per_s:.0f} writes/s the"
-        f" same steps make a p50 of {statistics.median(_ms(few.all)):.0f} ms"
+        f"medians of the largest parts: {longest}; the gate is closed for"
+        f" {statistics.median(passed.closed):.0f} ms, and for"
+        f" {statistics.median(few.closed):.0f} ms with {few.per_s[0]:.0f} writes/s: the rest is a"
+        " longer delta, and turns on the processors that writers and servers have as well"
+    )
+
+
+def _why_not_shorter(passed: Passed, peers: _Peers) -> str:
+    finish = statistics.median(one["all"] for one in passed.finishing) * 1000
+    whole = statistics.median(sum(one) for one in peers.fenced[_NATIVE_DURABLE]) * 1000
+    return (
+        "the better of the two settings of the subscription counts. Its fence is closed for"
+        f" {whole:.0f} ms: replication has applied everything but the last commits before, and the"
+        f" flip is one UPDATE. In cellferry the last delta alone takes {finish:.0f} ms: it reads"
+        " log and rows, writes them, compares both sides by hash, arms the way back, and leaves"
+        " in both cells and the topology what another process needs to finish or undo it"
     )
 
 
@@ -275,14 +395,20 @@ _DUMP = "dump and load, frozen first"
 
 
 @dataclass
-class _Peers:
-    rows: int
-    per_s: float = 0.0
+class _Faults:
     writes: int = 0
     lost: int = 0
     doubled: int = 0
+
+
+@dataclass
+class _Peers:
+    rows: int
+    per_s: float = 0.0
     ended: str = ""
     pauses: dict[str, list[float]] = field(default_factory=dict)
+    fenced: dict[str, list[list[float]]] = field(default_factory=dict)
+    faults: dict[str, _Faults] = field(default_factory=dict)
 
 
 def _beside_scripts(bench: Bench) -> _Peers:
@@ -315,7 +441,12 @@ def _beside_scripts(bench: Bench) -> _Peers:
         ),
         _DUMP: (ENTER, 1, lambda: script(lambda: scripts.by_dump(here, there))),
     }  # fmt: skip
-    order = [name for _ in range(bench.runs) for name in contenders]
+    names = list(contenders)
+    order = [
+        name
+        for turn in range(bench.runs)
+        for name in (*names[turn % len(names) :], *names[: turn % len(names)])
+    ]
     flips: list[float] = []
     try:
         scripts.prepare()
@@ -328,7 +459,6 @@ def _beside_scripts(bench: Bench) -> _Peers:
                     here, there = there, here
                     time.sleep(0.6)
             rates.append(written.acknowledged_per_s)
-            found.writes += len(written.writes)
             with cells.admin(here) as connection:
                 bodies = [
                     body
@@ -340,15 +470,23 @@ def _beside_scripts(bench: Bench) -> _Peers:
             with cells.admin(there) as connection:
                 _forget(connection)
             lost, doubled = written.faults(bodies)
-            found.lost += lost
-            found.doubled += doubled
+            faults = found.faults.setdefault(name, _Faults())
+            faults.writes += len(written.writes)
+            faults.lost += lost
+            faults.doubled += doubled
+            if scripts.fenced:
+                found.fenced.setdefault(name, []).extend(scripts.fenced)
+                scripts.fenced.clear()
             pauses = [written.longest_around(moment) for moment in flips]
             found.pauses.setdefault(name, []).extend(pauses)
-            bench.say(f"{name}: {', '.join(f'{one:.0f}' for one in _ms(pauses))} ms")
+            bench.say(f"{name}: {', '.join(f'{one:.0f}' for one in in_ms(pauses))} ms")
     except Exception as error:
         # What was measured is told, and why there is no more.
         found.ended = f"{type(error).__name__}: {error}"
         bench.say(f"beside scripts: {found.ended}")
+    ours = found.faults.get(_CELLFERRY, _Faults())
+    if ours.lost or ours.doubled:
+        raise RuntimeError(f"cellferry lost {ours.lost} writes and doubled {ours.doubled}")
     found.per_s = statistics.median(rates) if rates else 0.0
     return found
 
@@ -386,9 +524,9 @@ def _forget(connection: psycopg.Connection[Any]) -> None:
 
 
 def _row(name: str, seconds: Sequence[float]) -> tuple[str, int, float, float, float]:
-    found = _ms(seconds)
+    found = in_ms(seconds)
     return name, len(found), statistics.median(found), percentile(found, 95), max(found)
 
 
-def _ms(seconds: Sequence[float]) -> list[float]:
+def in_ms(seconds: Sequence[float]) -> list[float]:
     return [one * 1000 for one in seconds]

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
 
 import psycopg
 from tests.bench.cells import DESTINATION, OWNED, SOURCE, BenchCells, condition
 from tests.bench.harness import Bench, Cost, Section, Table, Target, in_turn, median
 
 from cellferry.errors import VerificationFailed
+from cellferry.stores.postgres.verifier import Verifier
 
 CELLFERRY = "cellferry verify"
 AGGREGATE = "md5 aggregate, both sides"
 COMPARE = "full compare at the client"
+
+#: The verifier's methods, in words: where its time goes.
+PARTS = {
+    "_compare": "rows compared",
+    "_references": "foreign keys at the destination",
+    "_orphans": "orphans at the destination",
+    "_imported": "shared rows that came along",
+}
 
 _METHOD = """
 The same organization as in the copy, copied and caught up; nobody writes. *cellferry* runs the
@@ -37,6 +51,7 @@ class _Comparisons:
     cells: BenchCells
     migration: int
     keys: dict[str, str] = field(default_factory=dict)
+    parts_s: list[Mapping[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         with self.cells.admin(SOURCE) as connection:
@@ -52,10 +67,12 @@ class _Comparisons:
 
     def cellferry(self) -> list[str]:
         """Run the verify step."""
-        try:
-            self.cells.run("verify", self.migration)
-        except VerificationFailed as error:
-            return [str(error)]
+        with _timed() as parts:
+            try:
+                self.cells.run("verify", self.migration)
+            except VerificationFailed as error:
+                return [str(error)]
+        self.parts_s.append(parts)
         return []
 
     def aggregate(self) -> list[str]:
@@ -98,6 +115,27 @@ class _Comparisons:
                 yield bytes(message)
 
 
+@contextmanager
+def _timed() -> Iterator[dict[str, float]]:
+    """Yield the seconds that verifiers spend in each of their parts meanwhile."""
+    spent = dict.fromkeys(PARTS, 0.0)
+
+    def timed(name: str) -> Any:
+        plain = getattr(Verifier, name)
+
+        def method(*given: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return plain(*given)
+            finally:
+                spent[name] += time.perf_counter() - began
+
+        return method
+
+    with mock.patch.multiple(Verifier, **{name: timed(name) for name in PARTS}):
+        yield spent
+
+
 def run(bench: Bench) -> Section:
     """Measure on equal sides, then let each contender find one changed row."""
     cells = BenchCells.made(bench, bench.size(2_000_000))
@@ -135,10 +173,16 @@ def run(bench: Bench) -> Section:
         if len(told) != 1 or "time_entries" not in told[0]:
             raise RuntimeError(f"{name} does not find the changed row: {told}")
     rows = cells.rows - cells.count(SOURCE)["users"]
-    return _section(costs, rows, found)
+    parts = {name: statistics.median(one[name] for one in comparisons.parts_s) for name in PARTS}
+    return _section(costs, rows, found, parts)
 
 
-def _section(costs: Mapping[str, list[Cost]], rows: int, found: Mapping[str, list[str]]) -> Section:
+def _section(
+    costs: Mapping[str, list[Cost]],
+    rows: int,
+    found: Mapping[str, list[str]],
+    parts: Mapping[str, float],
+) -> Section:
     def cpu(name: str) -> float:
         return median(costs[name], lambda one: one.total_cpu_s)
 
@@ -159,15 +203,27 @@ def _section(costs: Mapping[str, list[Cost]], rows: int, found: Mapping[str, lis
         ],
         "Medians; rows are counted once, and read on both sides",
     )  # fmt: skip
+    whole = wall(CELLFERRY)
+    rest = whole - sum(parts.values())
+    profile = Table(
+        ("part of cellferry's verify", "wall s", "share"),
+        [
+            *((words, parts[name], parts[name] / whole) for name, words in PARTS.items()),
+            ("sessions, lease, topology and reports", rest, rest / whole),
+        ],
+        "Where its time goes",
+    )
     share = {of: part(CELLFERRY, of) / cpu(CELLFERRY) for of in ("client", "source", "destination")}
     why = (
-        f"of cellferry's CPU {share['source']:.0%} is the source's, {share['destination']:.0%} the"
+        f"{parts['_compare']:.1f} s compare rows; the rest is for what no peer does, of which"
+        f" foreign keys take {parts['_references']:.1f} s, one after the other on one session;"
+        f" of cellferry's CPU {share['source']:.0%} is the source's, {share['destination']:.0%} the"
         f" destination's and {share['client']:.0%} the client's"
     )
     return Section(
         title="Verify",
         method=_METHOD,
-        tables=[table],
+        tables=[table, profile],
         targets=[
             Target(
                 "Wall time of verify against a full compare",

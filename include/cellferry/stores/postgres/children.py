@@ -8,9 +8,18 @@ from dataclasses import dataclass
 from psycopg import sql
 
 from cellferry.stores.postgres.ownership import owner_text
+from cellferry.stores.postgres.rendering import PARAMETER, with_parameters
 from cellferry.stores.postgres.row_keys import key_array
 from cellferry.stores.postgres.schema import Hop, Table
-from cellferry.stores.postgres.scope import ChildHop, Key, Scope, keys_match, keys_relation
+from cellferry.stores.postgres.scope import (
+    ChildHop,
+    Key,
+    Scope,
+    given_keys,
+    keys_match,
+    keys_relation,
+    once_for_each_scope,
+)
 
 #: By key, what children refer to in a row beside its key: the texts of `tie_columns`.
 Ties = Mapping[Key, tuple[str | None, ...]]
@@ -25,24 +34,33 @@ class Turn:
 
 
 def children_of(
-    scope: Scope,
-    child: Table,
-    hop: Hop,
-    parent: Table,
-    keys: Collection[Key],
-    *,
-    at_most: int | None = None,
+    scope: Scope, child: Table, hop: Hop, parent: Table, keys: Collection[Key]
 ) -> sql.Composed:
     """Return a query for the keys of the organization's rows of `child` below `keys`."""
-    return sql.SQL("SELECT {} FROM {} AS t JOIN {} AS p ON {} JOIN {} ON {} WHERE {}{}").format(
+    return _children_of(scope, child, hop, parent, keys_relation(parent, keys))
+
+
+@once_for_each_scope
+def children_of_given(scope: Scope, child: Table, hop: Hop, parent: Table) -> sql.Composed:
+    """Return `children_of` with parameters: `columns_of` the keys, then how many rows at most."""
+    return with_parameters(
+        sql.SQL("{} LIMIT {}::bigint").format(
+            _children_of(scope, child, hop, parent, given_keys(parent)), PARAMETER
+        )
+    )
+
+
+def _children_of(
+    scope: Scope, child: Table, hop: Hop, parent: Table, keys: sql.Composable
+) -> sql.Composed:
+    return sql.SQL("SELECT {} FROM {} AS t JOIN {} AS p ON {} JOIN {} ON {} WHERE {}").format(
         key_array(child, "t"),
         child.name.identifier,
         parent.name.identifier,
         tie(hop),
-        keys_relation(parent, keys),
+        keys,
         keys_match(parent, "p"),
         scope.owned(child),
-        sql.SQL("" if at_most is None else f" LIMIT {at_most}"),
     )
 
 

@@ -16,7 +16,7 @@ parent, a row of another organization, ownership in circles) is rolled back and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -27,7 +27,7 @@ from psycopg import sql
 from cellferry.model import Move
 from cellferry.stores.postgres import sessions
 from cellferry.stores.postgres.applied import Applied, Dirty, Keys, dangling
-from cellferry.stores.postgres.children import Ties, children_of, tie_columns, turn_of
+from cellferry.stores.postgres.children import Ties, children_of_given, tie_columns, turn_of
 from cellferry.stores.postgres.deferrable import violations
 from cellferry.stores.postgres.ownership import owner_text
 from cellferry.stores.postgres.references import (
@@ -40,6 +40,7 @@ from cellferry.stores.postgres.rendering import with_parameters
 from cellferry.stores.postgres.row_keys import key_array
 from cellferry.stores.postgres.schema import Column, ForeignKey, Placement, Table, Unique
 from cellferry.stores.postgres.scope import (
+    ChildHop,
     Key,
     Scope,
     column_list,
@@ -195,10 +196,7 @@ class Delta:
                 for table, some in owned.items()
                 if not table.has_direct_owner
             ]
-            children = [
-                (child, self._destination.execute(query, prepare=False))
-                for child, query in self._children_left(owned, read)
-            ]
+            children = self._children_left(owned, read)
             here = {
                 table: _run(self._destination, _present(self._scope, table), some)
                 for table, some in owned.items()
@@ -249,15 +247,29 @@ class Delta:
         if new := sorted(rows.keys() - here):
             _run(self._destination, _insert(table), [rows[key] for key in new])
 
-    def _children_left(self, owned: Dirty, read: _Read) -> Iterator[tuple[Table, sql.Composed]]:
-        """Queries for the children of rows that are gone, where no constraint took them along.
+    def _children_left(self, owned: Dirty, read: _Read) -> list[tuple[Table, psycopg.Cursor[Any]]]:
+        """Ask for the children of rows that are gone, where no constraint took them along.
 
         The application deletes these itself, so that they are dirty as well.
         """
-        for table, some in owned.items():
-            gone = some - read.rows[table].keys()
-            for hop in self._scope.loose_children(table) if gone else ():
-                yield hop.child, children_of(self._scope, hop.child, hop.hop, table, gone)
+        return [
+            (hop.child, self._children(self._destination, table, hop, gone))
+            for table, some in owned.items()
+            if (gone := some - read.rows[table].keys())
+            for hop in self._scope.loose_children(table)
+        ]
+
+    def _children(
+        self,
+        connection: psycopg.Connection[Any],
+        table: Table,
+        hop: ChildHop,
+        keys: set[Key],
+        at_most: int | None = None,
+    ) -> psycopg.Cursor[Any]:
+        """Ask for the keys of the children below `keys`."""
+        statement = children_of_given(self._scope, hop.child, hop.hop, table)
+        return connection.execute(statement, [*columns_of(keys), at_most], prepare=True)
 
     def _insist_on_known_children(
         self, table: Table, owned: Dirty, read: _Read, here: Ties
@@ -288,14 +300,11 @@ class Delta:
             if turn.went:
                 raise UnusualError
             known = owned.get(hop.child, set())
-            query = children_of(
-                self._scope, hop.child, hop.hop, table, turn.came, at_most=len(known) + 1
-            )
             sides = (
                 (self._source, self._destination) if self._refuses_crossings else (self._source,)
             )
             for connection in sides if turn.came else ():
-                found = connection.execute(query, prepare=False)
+                found = self._children(connection, table, hop, turn.came, len(known) + 1)
                 if not {tuple(key) for (key,) in found} <= known:
                     raise UnusualError
 
