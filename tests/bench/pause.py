@@ -27,7 +27,7 @@ from cellferry.stores.postgres.delta import Delta
 from cellferry.stores.postgres.rounds import Rounds
 from cellferry.stores.postgres.store import PostgresMove
 
-WRITES_PER_S = 620
+WRITES_PER_S = 600
 """Asked of the writers; the target speaks of 500 acknowledged, and 85% go to who moves."""
 FEW_PER_S = 60
 """Asked where the controller is to have the processors nearly to itself."""
