@@ -36,7 +36,7 @@ def measure(name: str, scale: float, runs: int) -> tuple[Section, dict[str, obje
     load, processors, began = os.getloadavg()[0], psutil.cpu_times(), time.time()
     with Bench.opened(name, scale, runs) as bench:
         section = importlib.import_module(f"tests.bench.{name}").run(bench)
-    return section, document.circumstances(load, processors, began, scale, runs)
+    return section, document.circumstances(load, processors, began, scale, section.runs or runs)
 
 
 def main() -> int:

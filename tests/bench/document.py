@@ -125,9 +125,13 @@ def _section(name: str, content: Mapping[str, Any]) -> str:
         f"*{around['when']}, commit {around['commit']}, {around['machine']},"
         f" PostgreSQL {around['postgresql']}, Python {around['python']}; load before"
         f" {around['load_before']}{_withheld(around)}; scale {_figure(around['scale'])},"
-        f" {around['runs']} runs, {around['took_s']} s. Data: `docs/benchmarks/{name}.json`.*\n"
+        f" {_runs(around['runs'])}, {around['took_s']} s. Data: `docs/benchmarks/{name}.json`.*\n"
     )
     return "".join(lines)
+
+
+def _runs(count: int) -> str:
+    return "each once" if count == 1 else f"{count} runs"
 
 
 def _withheld(around: Mapping[str, Any]) -> str:

@@ -190,6 +190,7 @@ class Section:
         tables: what was measured.
         targets: what was promised.
         remarks: sentences with measured figures, made by the code that measured them.
+        runs: how often each contender ran, where that is not what the bench was asked for.
     """
 
     title: str
@@ -197,6 +198,7 @@ class Section:
     tables: Sequence[Table]
     targets: Sequence[Target] = ()
     remarks: Sequence[str] = ()
+    runs: int | None = None
 
 
 # --- what a section gets ----------------------------------------------------------------------

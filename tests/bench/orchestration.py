@@ -448,6 +448,7 @@ def run(bench: Bench) -> Section:
             *(f"{one.name}: {one.failed} organizations failed." for one in waves if one.failed),
             *_bare(full, alone),
         ],
+        runs=1,
     )  # fmt: skip
 
 

@@ -479,6 +479,7 @@ def run(bench: Bench) -> Section:
                 f"run other processor time than it gave the calibration ({_factors(factors)})",
             ),
         ),
+        runs=1,
         remarks=(
             (
                 f"On the busy machine the same steps used {_factors(factors)} times the processor "

@@ -37,10 +37,10 @@ of the organization's rows at the destination, which neither peer looks at. *The
 `md5(string_agg(md5(row), '' ORDER BY key))` of each table, on both sides at once: it says which
 table differs, and not which row. *The full compare* reads both sides in the order of the key in
 binary and compares row by row in Python. The peers compare the same tables; none of the three is
-given more than one session a cell. At the end one row is changed at the destination behind
-everybody's back, and each contender must find it. reladiff is not run (it is not among the
-project's dependencies): it hashes segments of keys with MD5 in the database and fetches those that
-differ, so it lies between the two peers.
+given more than one session a cell, nor parallel workers. At the end one row is changed at the
+destination behind everybody's back, and each contender must find it. reladiff, which hashes
+segments of keys with MD5 in the database and fetches those that differ, is not run: it is not among
+the project's dependencies.
 """
 
 
@@ -78,8 +78,8 @@ class _Comparisons:
     def aggregate(self) -> list[str]:
         """Compare one md5 of each table."""
         with (
-            self.cells.admin(SOURCE) as here,
-            self.cells.admin(DESTINATION) as there,
+            self._peer(SOURCE) as here,
+            self._peer(DESTINATION) as there,
             ThreadPoolExecutor(2) as pool,
         ):
             different = []
@@ -99,11 +99,17 @@ class _Comparisons:
     def compare(self) -> list[str]:
         """Read both sides in the order of the key, and compare row by row."""
         different = []
-        with self.cells.admin(SOURCE) as here, self.cells.admin(DESTINATION) as there:
+        with self._peer(SOURCE) as here, self._peer(DESTINATION) as there:
             for table in OWNED:
                 sides = self._rows(here, table), self._rows(there, table)
                 different += [table for one, other in zip(*sides, strict=True) if one != other]
         return different
+
+    def _peer(self, cell: str) -> psycopg.Connection[Any]:
+        """Connect as a peer, which has one server process a cell, as cellferry has."""
+        connection = self.cells.admin(cell)
+        connection.execute("SET max_parallel_workers_per_gather = 0")
+        return connection
 
     def _rows(self, connection: psycopg.Connection, table: str) -> Iterator[bytes]:
         statement = (
@@ -209,7 +215,7 @@ def _section(
         ("part of cellferry's verify", "wall s", "share"),
         [
             *((words, parts[name], parts[name] / whole) for name, words in PARTS.items()),
-            ("sessions, lease, topology and reports", rest, rest / whole),
+            ("everything else: sessions, lease, snapshots, key log, reports", rest, rest / whole),
         ],
         "Where its time goes",
     )
