@@ -42,6 +42,8 @@ AROUND_CUTOVER_S = 1.0
 FIXED_ROWS_PER_S = 5_000
 NICE = 10
 LIMIT = 1.3
+CLOSE_TO_IDLE = 1.15
+"""The close target, against the p95 of idle probes: below the promise, for a p99 is steeper."""
 
 AUTOMATIC, CLOSE = "controller", "controller, close target"
 CONTENDERS: Mapping[str, Mapping[str, Any]] = {
@@ -254,8 +256,11 @@ class Found:
         return max((SOURCE, DESTINATION), key=lambda cell: self.times_idle(name, cell))
 
     def times_idle(self, name: str, cell: str) -> float:
-        """Return the 99th percentile at a cell against what is felt there when it is idle."""
-        return self.p99(name, cell) / self.p99("idle", cell)
+        """Return the 99th percentile at a cell against that of both cells when they are idle.
+
+        Of both, which are alike: that of one cell alone varies by half from run to run.
+        """
+        return self.p99(name, cell) / self.p99("idle")
 
 
 def run(bench: Bench) -> Section:
@@ -280,7 +285,7 @@ def _copying(
     cells.restore()
     options = CONTENDERS[name]
     if name == CLOSE:
-        found.close_ms.append(LIMIT * found.idle_probe_s() * 1000)
+        found.close_ms.append(CLOSE_TO_IDLE * found.idle_probe_s() * 1000)
         options = {"latency_target_ms": found.close_ms[-1]}
     migration = cells.plan(**options)
     os.sync()  # nobody's commit waits for what was filled in before
@@ -407,17 +412,17 @@ def _section(found: Found, bench: Bench) -> Section:
         )
     return Section(
         title="Neighbours",
-        method=f"""Other organizations of both cells (49 at the source, 20 at the destination) do
-            {PER_SECOND} small transactions a second at each cell, open loop: two reads by index, a
-            one-row UPDATE and an INSERT through the gates, a durable commit; what one took counts
-            from when it was due. They work alone, then beside the copy of the large organization,
+        method=f"""Other organizations of both cells (49 at the source, 20 at the destination) do {PER_SECOND}
+            small transactions a second at each cell, open loop: two reads by index, a one-row
+            UPDATE and an INSERT through the gates, a durable commit; what one took counts from
+            when it was due. They work alone, then beside the copy of the large organization,
             for {COPY_S:.0f} s or until it ends, {bench.runs} times in turn: without a throttle,
             with {FIXED_ROWS_PER_S:,} rows/s in batches of 1,000, and with the latency-driven
-            controller: once with the target that it finds by itself (half as much again as an idle
-            cell's p95, and at least 2 ms more), once with a close one, {LIMIT:g} times the idle
-            p95. In production the mover runs on another machine; here it shares two cores with both
-            servers and with the neighbours' clients, and runs at nice {NICE}, while the servers'
-            own processes that work for it run as all others do.""",
+            controller: once with the target that it finds by itself (half as much again as an
+            idle cell's p95, and at least 2 ms more), once with a close one, {CLOSE_TO_IDLE:g}
+            times the idle p95. In production the mover runs on another machine; here it shares
+            two cores with both servers and with the neighbours' clients, and runs at nice
+            {NICE}, while the servers' own processes that work for it run as all others do.""",
         tables=[table],
         targets=[
             Target(
@@ -437,7 +442,7 @@ def _why(found: Found, name: str) -> str:
     worse = found.worse(name)
     felt = (
         f"at the {'source' if worse == SOURCE else 'destination'} {found.p99(name, worse):.1f} ms,"
-        f" idle {found.p99('idle', worse):.1f} ms"
+        f" idle {found.p99('idle'):.1f} ms"
     )
     if found.times_idle(name, worse) <= LIMIT:
         return felt
