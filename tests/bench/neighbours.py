@@ -56,6 +56,20 @@ CONTENDERS: Mapping[str, Mapping[str, Any]] = {
 one: an operator who wants the neighbours to notice nothing would set that."""
 
 
+_METHOD = f"""
+Other organizations of both cells (49 at the source, 20 at the destination) do {PER_SECOND} small
+transactions a second at each cell, open loop: two reads by index, a one-row UPDATE and an INSERT
+through the gates, a durable commit; what one took counts from when it was due. They work alone,
+then beside the copy of the large organization, for {COPY_S:.0f} s or until it ends, several times
+in turn: without a throttle, with {FIXED_ROWS_PER_S:,} rows/s in batches of 1,000, and with the
+latency-driven controller: once with the target that it finds by itself (half as much again as an
+idle cell's p95, and at least 2 ms more), once with a close one, {CLOSE_TO_IDLE:g} times the idle
+p95. In production the mover runs on another machine; here it shares two cores with both servers
+and with the neighbours' clients, and runs at nice {NICE}, while the servers' own processes that
+work for it run as all others do.
+"""
+
+
 @dataclass(frozen=True)
 class Felt:
     """One transaction of a neighbour: when it was due (monotonic), and how long it took, ms."""
@@ -275,7 +289,7 @@ def run(bench: Bench) -> Section:
         for name in names[shift:] + names[:shift]:
             _copying(bench, cells, found, name, idle_s, max(3.0, copy_s))
     _cutting_over(bench, cells, found, idle_s)
-    return _section(found, bench)
+    return _section(found)
 
 
 def _copying(
@@ -368,7 +382,7 @@ def _cutting_over(bench: Bench, cells: BenchCells, found: Found, idle_s: float) 
     bench.say(f"cutover: p99 {found.p99('cutover'):.1f} ms")
 
 
-def _section(found: Found, bench: Bench) -> Section:
+def _section(found: Found) -> Section:
     order = ("idle", *CONTENDERS, "cutover", "after")
     rows = []
     for name in order:
@@ -412,17 +426,7 @@ def _section(found: Found, bench: Bench) -> Section:
         )
     return Section(
         title="Neighbours",
-        method=f"""Other organizations of both cells (49 at the source, 20 at the destination) do {PER_SECOND}
-            small transactions a second at each cell, open loop: two reads by index, a one-row
-            UPDATE and an INSERT through the gates, a durable commit; what one took counts from
-            when it was due. They work alone, then beside the copy of the large organization,
-            for {COPY_S:.0f} s or until it ends, {bench.runs} times in turn: without a throttle,
-            with {FIXED_ROWS_PER_S:,} rows/s in batches of 1,000, and with the latency-driven
-            controller: once with the target that it finds by itself (half as much again as an
-            idle cell's p95, and at least 2 ms more), once with a close one, {CLOSE_TO_IDLE:g}
-            times the idle p95. In production the mover runs on another machine; here it shares
-            two cores with both servers and with the neighbours' clients, and runs at nice
-            {NICE}, while the servers' own processes that work for it run as all others do.""",
+        method=_METHOD,
         tables=[table],
         targets=[
             Target(

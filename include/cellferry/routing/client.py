@@ -33,8 +33,6 @@ T = TypeVar("T")
 
 #: First pause after "being moved", and the longest, in seconds. A write pause is some 50 ms.
 _FIRST_PAUSE_S = 0.005
-#: The first pause after the flip was announced: the new cell opens a few milliseconds later.
-_PAUSE_AFTER_NEWS_S = 0.002
 _LONGEST_PAUSE_S = 0.1
 #: An operation that waits asks the topology itself so often, in case an announcement was lost.
 _ASK_EVERY_S = 0.5
@@ -386,7 +384,7 @@ class _Attempts:
 
     def begin_again(self) -> None:
         """After news: the new cell opens within milliseconds."""
-        self._pause_s = _PAUSE_AFTER_NEWS_S
+        self._pause_s = _FIRST_PAUSE_S
 
     def may_hop(self) -> bool:
         """Whether the next try may begin at once."""
