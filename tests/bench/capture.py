@@ -13,13 +13,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import psycopg
 from tests.bench.cells import DESTINATION, LARGE, SOURCE, SOURCE_OTHERS, BenchCells
-from tests.bench.harness import Bench, Cost, Meter, Section, Table, in_turn, median, percentile
+from tests.bench.harness import Bench, Cost, Meter, Section, Table, median, percentile, turning
 
 from cellferry.migration.context import attempt
 from cellferry.migration.sync import ALLOWED
@@ -245,17 +245,9 @@ def _steady(bench: Bench, cells: BenchCells, store: StoreMove, seconds: float) -
 
         found: dict[str, list[Cost]] = {IDLE: [], DECODING: [], ROUNDS: []}
         contenders = {IDLE: idle, DECODING: decoding, ROUNDS: rounds}
-        names = list(contenders)
-        for turn in range(bench.runs):
-            shift = turn % len(names)
-            for name in names[shift:] + names[:shift]:
-                contender = contenders[name]
-                if name == DECODING:
-                    with _slot(cells):
-                        cost = in_turn({name: contender}, Meter(parts), 1)[name]
-                else:
-                    cost = in_turn({name: contender}, Meter(parts), 1)[name]
-                found[name] += cost
+        for name in turning(contenders, bench.runs):
+            with _slot(cells) if name == DECODING else nullcontext():
+                found[name].append(Meter(parts).measure(contenders[name]))
         bench.say(f"{rate} rows/s: {', '.join(f'{k} {median(v):.1f} s' for k, v in found.items())}")
         base = found[IDLE]
         for name, costs in found.items():

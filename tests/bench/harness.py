@@ -13,11 +13,12 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 
@@ -119,15 +120,36 @@ def in_turn(
         said: takes a line for the person who watches.
     """
     found: dict[str, list[Cost]] = {name: [] for name in contenders}
-    names = list(contenders)
+    for name in turning(contenders, runs):
+        before_each(name)
+        cost = meter.measure(contenders[name])
+        found[name].append(cost)
+        said(f"{name}: {cost.wall_s:.2f} s, CPU {cost.total_cpu_s:.2f} s")
+    return found
+
+
+def turning(names: Iterable[str], runs: int) -> Iterator[str]:
+    """Yield all names `runs` times, each round in another order."""
+    names = list(names)
     for turn in range(runs):
         shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            before_each(name)
-            cost = meter.measure(contenders[name])
-            found[name].append(cost)
-            said(f"{name}: {cost.wall_s:.2f} s, CPU {cost.total_cpu_s:.2f} s")
-    return found
+        yield from names[shift:] + names[:shift]
+
+
+@contextmanager
+def timed(owner: Any, method: str, take: Callable[[float], None]) -> Iterator[None]:
+    """Give `take` the seconds that each call of `owner`'s method takes meanwhile."""
+    plain = getattr(owner, method)
+
+    def measured(*given: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return plain(*given)
+        finally:
+            take(time.perf_counter() - began)
+
+    with mock.patch.object(owner, method, measured):
+        yield
 
 
 def median(costs: Sequence[Cost], of: Callable[[Cost], float] = lambda one: one.wall_s) -> float:

@@ -23,7 +23,7 @@ from tests.bench.cells import (
     SOURCE_OTHERS,
     BenchCells,
 )
-from tests.bench.harness import Bench, Section, Table, Target, percentile
+from tests.bench.harness import Bench, Section, Table, Target, percentile, turning
 
 from cellferry.errors import CellferryError
 from cellferry.migration import Context, steps
@@ -283,11 +283,8 @@ def run(bench: Bench) -> Section:
     cells.remember()
     idle_s, copy_s = max(1.0, IDLE_S * min(bench.scale * 5, 1)), COPY_S * min(bench.scale * 5, 1)
     found = Found()
-    names = list(CONTENDERS)
-    for turn in range(bench.runs):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            _copying(bench, cells, found, name, idle_s, max(3.0, copy_s))
+    for name in turning(CONTENDERS, bench.runs):
+        _copying(bench, cells, found, name, idle_s, max(3.0, copy_s))
     _cutting_over(bench, cells, found, idle_s)
     return _section(found)
 

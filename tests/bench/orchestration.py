@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from multiprocessing import get_context
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -296,18 +297,14 @@ class Place:
 def _movers(count: int) -> Iterator[ProcessPoolExecutor]:
     """Yield so many processes that have imported everything."""
     context = get_context("spawn")
-    all_there = context.Barrier(count)
-    with ProcessPoolExecutor(count, context, _remember, (all_there,)) as pool:
-        list(pool.map(_wait_for_all, range(count)))
+    with ProcessPoolExecutor(count, context, _meet, (context.Barrier(count),)) as pool:
+        list(pool.map(abs, range(count)))  # none has one before all are there
         yield pool
 
 
-def _remember(barrier: Any) -> None:
-    globals()["_all_there"] = barrier
-
-
-def _wait_for_all(_number: int) -> None:
-    globals()["_all_there"].wait(120)
+def _meet(barrier: Barrier) -> None:
+    """Wait for the others; this module, and what it needs, has been imported by then."""
+    barrier.wait(120)
 
 
 def _move_alone(job: tuple[str, str, bool]) -> int:

@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import psutil
 import psycopg
 from tests.bench.cells import APPLICATION, DATABASE, DESTINATION, LARGE, SOURCE, BenchCells
-from tests.bench.harness import POSTGRES, Bench, Section, Table, Target, percentile
+from tests.bench.harness import POSTGRES, Bench, Section, Table, Target, percentile, timed, turning
 from tests.bench.moving_scripts import ENTER, STEPS, Scripts
 from tests.bench.steady_writers import Written, writing
 from tests.fault import alternations
@@ -283,18 +284,9 @@ def _profiled() -> Iterator[list[Mapping[str, float]]]:
     current: dict[str, float] | None = None
     whole = PostgresMove.finish
 
-    def timed(name: str, owner: Any, method: str) -> Any:
-        plain = getattr(owner, method)
-
-        def measured(*given: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                return plain(*given)
-            finally:
-                if current is not None:
-                    current[name] = current.get(name, 0.0) + time.perf_counter() - began
-
-        return mock.patch.object(owner, method, measured)
+    def add(name: str, seconds: float) -> None:
+        if current is not None:
+            current[name] = current.get(name, 0.0) + seconds
 
     def finish(move: PostgresMove) -> Any:
         nonlocal current
@@ -308,7 +300,7 @@ def _profiled() -> Iterator[list[Mapping[str, float]]]:
 
     with ExitStack() as stack:
         for name, (owner, method) in _FINISH.items():
-            stack.enter_context(timed(name, owner, method))
+            stack.enter_context(timed(owner, method, partial(add, name)))
         stack.enter_context(mock.patch.object(PostgresMove, "finish", finish))
         yield found
 
@@ -441,16 +433,10 @@ def _beside_scripts(bench: Bench) -> _Peers:
         ),
         _DUMP: (ENTER, 1, lambda: script(lambda: scripts.by_dump(here, there))),
     }  # fmt: skip
-    names = list(contenders)
-    order = [
-        name
-        for turn in range(bench.runs)
-        for name in (*names[turn % len(names) :], *names[: turn % len(names)])
-    ]
     flips: list[float] = []
     try:
         scripts.prepare()
-        for name in order:
+        for name in turning(contenders, bench.runs):
             enter, count, move = contenders[name]
             flips = []
             with _writers(bench, cells, enter) as written:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
-from unittest import mock
 
 import psycopg
 from tests.bench.cells import DESTINATION, OWNED, SOURCE, BenchCells, condition
-from tests.bench.harness import Bench, Cost, Section, Table, Target, in_turn, median
+from tests.bench.harness import Bench, Cost, Section, Table, Target, in_turn, median, timed
 
 from cellferry.errors import VerificationFailed
 from cellferry.stores.postgres.verifier import Verifier
@@ -126,19 +125,12 @@ def _timed() -> Iterator[dict[str, float]]:
     """Yield the seconds that verifiers spend in each of their parts meanwhile."""
     spent = dict.fromkeys(PARTS, 0.0)
 
-    def timed(name: str) -> Any:
-        plain = getattr(Verifier, name)
+    def add(name: str, seconds: float) -> None:
+        spent[name] += seconds
 
-        def method(*given: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                return plain(*given)
-            finally:
-                spent[name] += time.perf_counter() - began
-
-        return method
-
-    with mock.patch.multiple(Verifier, **{name: timed(name) for name in PARTS}):
+    with ExitStack() as stack:
+        for name in PARTS:
+            stack.enter_context(timed(Verifier, name, partial(add, name)))
         yield spent
 
 
