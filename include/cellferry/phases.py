@@ -1,7 +1,8 @@
 """Named points in the steps, at which tests stop, kill, cut off or disturb them.
 
-In production nothing listens and `reach` returns at once. A point says what is durable by then:
-its name is in the past tense. The kill matrix (`tests/fault`) goes through all of them.
+In production nothing listens and `reach` returns at once. A point says what has happened by then,
+in the past tense. In the barrier `FINISHED`, `FLIPPED` and `HAND_OVER_KEPT` are durable; in between
+a server that crashes may go a step back. The kill matrix (`tests/fault`) goes through all of them.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class Phase(StrEnum):
     FINISHED = "barrier: last delta committed and verified"
     FLIPPED = "barrier: route flipped"
     HANDED_OVER_ONE = "barrier: one store handed over"
-    HANDED_OVER_ALL = "barrier: all stores handed over, not recorded"
-    RELEASED = "barrier: writers released, not recorded"
+    RELEASED = "barrier: all stores handed over and writers released, not durable"
+    HAND_OVER_KEPT = "barrier: hand-over durable, not recorded"
     UNDONE = "barrier: given up in the topology, nothing thawed"
     THAWED_ONE = "barrier: given up, one store thawed"
     SOAKED = "soak: watched, the state not changed"

@@ -85,7 +85,7 @@ _BEFORE = (
     Phase.FROZEN_ALL,
     Phase.FINISHED,
 )
-_AFTER = (Phase.FLIPPED, Phase.HANDED_OVER_ONE, Phase.HANDED_OVER_ALL, Phase.RELEASED)
+_AFTER = (Phase.FLIPPED, Phase.HANDED_OVER_ONE, Phase.RELEASED, Phase.HAND_OVER_KEPT)
 
 
 def _barrier(step: str, lead: tuple[str, ...], *, may_abort: bool) -> list[Point]:

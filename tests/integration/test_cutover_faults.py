@@ -22,10 +22,11 @@ from cellferry.migration import steps
 from cellferry.model import Actor, Organization, State
 from cellferry.phases import Phase
 from cellferry.stores.postgres.store import PostgresMove
+from cellferry.stores.redis.store import RedisMove
 from cellferry.topology import Topology
 from fixtures.cells import TwoCells
 
-BEING_MOVED = "CF002"
+MOVED, BEING_MOVED = "CF001", "CF002"
 
 
 class KilledError(BaseException):
@@ -60,14 +61,14 @@ def killed(*_arguments: Any, **_named: Any) -> None:
 
 
 def killed_later(verb: Any) -> Any:
-    """A thaw or a release at the start of a cutover is harmless; the next one is the end."""
-    is_first = verb.__name__ in {"thaw", "_release"}
+    """Thaws and releases at the start of a cutover are harmless; the next one is the end."""
+    harmless = {"thaw": 1, "_release": 1, "_release_one": 2}.get(verb.__name__, 0)
 
     def wrapped(*arguments: Any) -> None:
-        nonlocal is_first
-        if not is_first:
+        nonlocal harmless
+        if not harmless:
             raise KilledError
-        is_first = False
+        harmless -= 1
         verb(*arguments)
 
     return wrapped
@@ -112,6 +113,64 @@ def test_writers_go_on_though_a_cutover_that_gave_up_hangs(
     assert cells.migration(migration).state is State.READY
 
 
+def test_writers_go_on_at_a_store_that_is_handed_over_though_another_is_not(
+    cells: TwoCells, acme: Organization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    migration = ready(cells, acme)
+    hand_over = RedisMove.hand_over
+    answers: list[str | None] = []
+
+    def later(move: RedisMove) -> None:
+        answers.append(refusal(cells, "cell-1"))
+        answers.append(refusal(cells, "cell-2"))
+        hand_over(move)
+
+    monkeypatch.setattr(RedisMove, "hand_over", later)
+    with cells.context() as context:
+        steps.cutover(context, migration)
+
+    assert answers == [MOVED, None]
+
+
+def test_a_cutover_that_dies_before_its_hand_over_is_durable_is_finished_by_a_retry(
+    cells: TwoCells, acme: Organization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    migration = ready(cells, acme)
+    with monkeypatch.context() as patch:
+        patch.setattr(PostgresMove, "keep_handed_over", killed)
+        with cells.context() as context, pytest.raises(KilledError):
+            steps.cutover(context, migration)
+    assert refusal(cells, "cell-2") is None, "writers did not wait for it"
+    assert "handed_over" not in cells.migration(migration).facts
+
+    with cells.context() as context:
+        steps.cutover(context, migration)
+
+    assert cells.migration(migration).facts["handed_over"]
+
+
+def test_a_cutover_whose_source_forgot_the_freeze_does_not_flip(
+    cells: TwoCells, acme: Organization
+) -> None:
+    """As after a crash: what was frozen in the server's memory only is open again."""
+    migration = ready(cells, acme)
+
+    def forget(phase: Phase) -> None:
+        if phase is Phase.FROZEN_ALL:
+            with cells.admin("cell-1") as connection:
+                connection.execute("UPDATE cellferry.gate SET state = 'open'")
+
+    phases.listen(forget)
+    try:
+        with cells.context() as context, pytest.raises(WrongState, match="kept frozen"):
+            steps.cutover(context, migration)
+    finally:
+        phases.listen(None)
+
+    assert cells.migration(migration).state is State.READY
+    assert refusal(cells, "cell-1") is None
+
+
 def test_a_controller_that_dies_before_it_thaws_leaves_no_frozen_source_to_a_retry_that_gives_up(
     cells: TwoCells, acme: Organization, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,7 +211,7 @@ def test_a_halt_does_not_keep_a_flipped_organization_frozen(
     cells: TwoCells, acme: Organization, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     migration = ready(cells, acme)
-    kill_in(cells, migration, monkeypatch, "_release", after="hand_over")
+    kill_in(cells, migration, monkeypatch, "_release_one", after="hand_over")
     assert cells.migration(migration).state is State.SOAKING
     with cells.context() as context:
         context.topology.set_halted(migration, "look at it", Actor("operator"))

@@ -294,19 +294,44 @@ def test_a_destination_that_lost_moved_rows_gets_them_again(
     require_moved(cells, migration)
 
 
+@pytest.mark.parametrize("phase", [Phase.FLIPPED, Phase.RELEASED])
 def test_a_destination_that_lost_the_last_delta_is_not_opened_without_it(
-    failover: MakeFailover,
+    failover: MakeFailover, phase: Phase
 ) -> None:
     """The controller lives: it brings the delta again before it opens the cell."""
     fail = failover("destination", synchronous=False)
     cells, migration = ready(fail)
     with (
-        during({Phase.BARRIER_BEGUN: losing_the_delta(fail), Phase.FLIPPED: fail}),
+        during({Phase.BARRIER_BEGUN: losing_the_delta(fail), phase: fail}),
         cells.context() as context,
     ):
         steps.cutover(context, migration)
     require_moved(cells, migration)
     assert counter(cells, "cell-2", "issue 5") == 1
+
+
+@pytest.mark.parametrize("phase", [Phase.FLIPPED, Phase.RELEASED])
+def test_an_old_cell_that_lost_the_last_delta_is_not_opened_without_it(
+    failover: MakeFailover, phase: Phase
+) -> None:
+    """The same on the way back, where the gate says no more than `moved`."""
+    fail = failover("source", synchronous=False)
+    cells = accepting_lag(fail)
+    migration = cells.plan(acme(cells), soak_s=0)
+    drive(cells, migration)
+
+    def lose_the_delta() -> None:
+        fail.stop_streaming()
+        assert write(cells, "cell-2", "issue 5") is None
+
+    with cells.context() as context:
+        steps.soak(context, migration)
+        with during({Phase.BARRIER_BEGUN: lose_the_delta, phase: fail}):
+            steps.roll_back(context, migration, "back")
+        assert context.topology.migration(migration).facts["handed_back"]
+    assert counter(cells, "cell-1", "issue 5") == 1
+    assert cells.rows("cell-1", "7") == cells.rows("cell-2", "7")
+    assert write(cells, "cell-1") is None
 
 
 def test_a_retry_brings_the_last_delta_again_before_it_opens_the_destination(
@@ -480,7 +505,7 @@ def test_an_old_cell_that_was_opened_before_its_failover_counts_as_handed_back(
 
     with cells.context() as context:
         steps.soak(context, migration)
-        with during({Phase.RELEASED: dies}), pytest.raises(KilledError):
+        with during({Phase.HAND_OVER_KEPT: dies}), pytest.raises(KilledError):
             steps.roll_back(context, migration, "back")
         assert not context.topology.migration(migration).facts.get("handed_back")
     fail()

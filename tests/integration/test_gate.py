@@ -14,8 +14,15 @@ from typing import Any
 import psycopg
 import pytest
 
-from cellferry.errors import AuthorityViolation, DrainTimeout, LeaseLost, WrongState
-from cellferry.model import GateState, Move
+from cellferry.errors import (
+    AuthorityViolation,
+    DrainTimeout,
+    LeaseLost,
+    TransientError,
+    WrongState,
+)
+from cellferry.local.postgres_server import FAST, PostgresServer
+from cellferry.model import Cell, Endpoint, GateState, Move
 from cellferry.stores.postgres import gate
 from fixtures.gated import (
     GATED_SCHEMA,
@@ -296,20 +303,87 @@ def test_a_destination_does_not_open_without_the_way_back(gated: GatedCell) -> N
         gate.hand_over_destination(mover, move)
 
 
-def test_frozen_survives_a_crash_of_the_server(own_postgres: MakeServer) -> None:
-    server = own_postgres()
+@pytest.fixture
+def crashing(own_postgres: MakeServer) -> Iterator[tuple[PostgresServer, GatedCell]]:
+    """A cell whose server may be killed; what nobody waits for stays long in its memory."""
+    server = own_postgres(settings={**FAST, "wal_writer_delay": "10s"})
     cell = make_gated_cell(server.url(), server.url("cellferry_mover", "mover"))
-    move = cell.arm()
-    barrier = gate.Barrier(cell.cell.stores["postgres"].url, move)
-    barrier.freeze(60.0)
+    yield server, cell
+    cell.close()
 
+
+def crash(server: PostgresServer, cell: GatedCell) -> None:
     server.kill()
     server.start()
-
     cell.url = server.url()  # its port may have changed
+    endpoint = Endpoint(url=server.url("cellferry_mover", "mover"), admin_url=server.url())
+    cell.cell = Cell("cell-1", {"postgres": endpoint})
+
+
+def test_a_frozen_gate_that_was_kept_survives_a_crash(
+    crashing: tuple[PostgresServer, GatedCell],
+) -> None:
+    server, cell = crashing
+    with cell.frozen(cell.arm()) as barrier:
+        barrier.keep_frozen()
+
+        crash(server, cell)
+
     assert refusal(cell, "UPDATE projects SET name = 'x' WHERE id = 1").sqlstate == BEING_MOVED
-    barrier.release()
-    cell.close()
+
+
+def test_a_freeze_that_a_crash_took_back_is_not_kept(
+    crashing: tuple[PostgresServer, GatedCell],
+) -> None:
+    """Who was kept out may have written since: such a cutover must not flip."""
+    server, cell = crashing
+    move = cell.arm()
+    with cell.frozen(move) as barrier:
+        crash(server, cell)
+        cell.run("UPDATE projects SET name = 'written' WHERE id = 1")
+
+        with pytest.raises(TransientError):
+            barrier.keep_frozen()
+    again = gate.Barrier(cell.cell.stores["postgres"].url, move)
+    with pytest.raises(WrongState, match="cannot be kept frozen"):
+        again.keep_frozen()
+    again.release()
+
+
+def test_a_writer_that_was_let_in_finds_the_gate_open_after_a_crash(
+    crashing: tuple[PostgresServer, GatedCell],
+) -> None:
+    server, cell = crashing
+    move, mover = cell.move(), cell.mover()
+    gate.take_lease(mover, move)
+    gate.import_gate(mover, move)
+    gate.arm_reverse(mover, move)
+    gate.hand_over_destination(mover, move, durable=False)
+    cell.run("SET LOCAL synchronous_commit = on", "UPDATE projects SET name = 'x' WHERE id = 1")
+
+    crash(server, cell)
+
+    assert cell.run("SELECT name FROM projects WHERE id = 1") == [("x",)]
+    cell.run("UPDATE projects SET name = 'y' WHERE id = 1")
+
+
+def test_a_hand_over_that_a_crash_took_back_refuses_until_it_is_repeated(
+    crashing: tuple[PostgresServer, GatedCell],
+) -> None:
+    server, cell = crashing
+    move, mover = cell.move(), cell.mover()
+    gate.take_lease(mover, move)
+    gate.import_gate(mover, move)
+    gate.arm_reverse(mover, move)
+    gate.hand_over_destination(mover, move, durable=False)
+    statement = "UPDATE projects SET name = 'x' WHERE id = 1"
+
+    crash(server, cell)
+
+    assert refusal(cell, statement).sqlstate == BEING_MOVED
+    gate.hand_over_destination(cell.mover(), move)
+    crash(server, cell)
+    cell.run(statement)
 
 
 def test_every_change_of_the_gate_may_be_repeated(gated: GatedCell) -> None:

@@ -485,7 +485,7 @@ def test_a_long_freeze_that_was_undone_counts_as_a_pause(
 
 def test_draining_is_counted_as_one_attempt() -> None:
     timings = barrier.Timings(started=100.0, last=103.5)
-    timings.parts = {"freeze postgres": 3.0, "freeze redis": 0.1, "release": 0.1}
+    timings.parts = {"freeze postgres": 3.0, "freeze redis": 0.1, "hand over": 0.1}
     assert timings.closed_s(0.1) == pytest.approx(0.6)
     assert barrier.Timings().closed_s(0.1) == 0.0
 

@@ -380,6 +380,7 @@ def test_every_verb_up_to_the_flip_may_be_repeated(ferry: Ferry) -> None:
         for _ in range(2):
             move.hand_over()
             move.release()
+            move.keep_handed_over()
 
     assert ferry.content(Side.DESTINATION, 1) == ferry.content(Side.SOURCE, 1)
 

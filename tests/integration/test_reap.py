@@ -42,8 +42,8 @@ BEFORE_FLIP = [
 AFTER_FLIP = [
     Phase.FLIPPED,
     Phase.HANDED_OVER_ONE,
-    Phase.HANDED_OVER_ALL,
     Phase.RELEASED,
+    Phase.HAND_OVER_KEPT,
 ]
 GIVEN_UP = [Phase.UNDONE, Phase.THAWED_ONE]
 

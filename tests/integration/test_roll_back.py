@@ -59,8 +59,8 @@ BEFORE_FLIP_BACK = (
 AFTER_FLIP_BACK = (
     Phase.FLIPPED,
     Phase.HANDED_OVER_ONE,
-    Phase.HANDED_OVER_ALL,
     Phase.RELEASED,
+    Phase.HAND_OVER_KEPT,
 )
 
 

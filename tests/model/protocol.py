@@ -914,7 +914,7 @@ def lock(model: Model, s: State, c: Controller) -> Iterator[Step]:
 
 @action("freeze")
 def freeze(model: Model, s: State, c: Controller) -> Iterator[Step]:
-    """Step 2: `frozen` becomes durable, in the session that holds the lock."""
+    """Steps 2 and 3's part of it as one: `frozen`, durable, in the session that holds the lock."""
     source, _, epoch = cells_of(c)
     cell = s.cells[source]
     gate = cell.gate
@@ -1093,7 +1093,7 @@ def _hand_over_destination(model: Model, s: State, c: Controller) -> State | Non
 
 @action("hand over")
 def hand_over(model: Model, s: State, c: Controller) -> Iterator[Step]:
-    """Step 5: source `moved` and destination open, in either order."""
+    """Steps 5 and 7 as one: source `moved` and destination open, in either order."""
     source, destination, _ = cells_of(c)
     for verb, which, other, word in (
         (_hand_over_source, source, _hand_over_destination, "moved"),

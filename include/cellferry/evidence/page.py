@@ -188,6 +188,7 @@ def _marks(document: Mapping[str, Any], edges: Sequence[float]) -> list[dict[str
 
 def _moment_of_part(part: tuple[str, float]) -> int:
     """Order the parts of a pause as they happen; JSON in the topology keeps no order."""
+    # "release": of moves before the hand-over let writers go by itself
     order = ("freeze postgres", "freeze", "finish", "flip", "hand", "release")
     return next((n for n, head in enumerate(order) if part[0].startswith(head)), len(order))
 

@@ -44,7 +44,12 @@ T = TypeVar("T")
 
 #: How long the topology is asked about a commit whose outcome is unknown, in seconds.
 ASK_FOR_S = 60.0
-#: How long a hand-over is tried again within one step, in seconds.
+#: How long this process does nothing when the gates have opened, in seconds: all writers that
+#: waited want the processors in the same moment.
+GIVE_WAY_S = 0.05
+#: The last part of a pause.
+_HAND_OVER = "hand over"
+#: How long a hand-over, or a thaw, is tried again within one step, in seconds.
 HAND_OVER_FOR_S = 30.0
 
 
@@ -146,7 +151,7 @@ class Timings:
         draining = next((s for name, s in self.parts.items() if name.startswith("freeze ")), None)
         if draining is None:
             return 0.0
-        end = self.last if "release" in self.parts else time.monotonic()
+        end = self.last if _HAND_OVER in self.parts else time.monotonic()
         return end - self.started - max(0.0, draining - drain_attempt_s)
 
     def facts(self) -> dict[str, Any]:
@@ -159,7 +164,7 @@ class Timings:
 
 
 def _barrier(at: Attempt, turn: Turn, timings: Timings) -> None:
-    """Steps 1 to 6. Raises with the gates open again, or goes all the way."""
+    """Steps 1 to 7. Raises with the gates open again, or goes all the way."""
     try:
         _freeze_and_finish(at, timings)
         reach(Phase.FINISHED)
@@ -175,13 +180,7 @@ def _barrier(at: Attempt, turn: Turn, timings: Timings) -> None:
         raise
     reach(Phase.FLIPPED)
     timings.mark("flip")
-    try:
-        hand_over(at)  # 5
-        timings.mark("hand over")
-    finally:
-        _release(at)  # 6
-        timings.mark("release")
-    reach(Phase.RELEASED)
+    hand_over(at, timings)
 
 
 def _freeze_and_finish(at: Attempt, timings: Timings) -> None:
@@ -270,26 +269,59 @@ def _undo(at: Attempt, turn: Turn, error: BaseException) -> None:
 
 def thaw(at: Attempt) -> None:
     """Let the source serve again at every store that can; then raise what kept another from it."""
+    deadline = time.monotonic() + HAND_OVER_FOR_S
+
+    def at_one(store: StoreMove) -> None:
+        _insist(at, store.thaw, deadline)
+        reach(Phase.THAWED_ONE)
+
     try:
-        _together(at, lambda store: _insist(at, store.thaw, Phase.THAWED_ONE))
+        _together(at, at_one)
     finally:
         _release(at)
 
 
 def _release(at: Attempt) -> None:
     for store in at.stores.values():
-        with contextlib.suppress(TransientError):
-            store.release()  # a lost session has released its lock already
+        _release_one(store)
 
 
-def hand_over(at: Attempt) -> None:
-    """Step 5, at all stores together; tried again for a while, since there is only forward."""
-    _together(at, lambda store: _insist(at, store.hand_over, Phase.HANDED_OVER_ONE))
-    reach(Phase.HANDED_OVER_ALL)
+def _release_one(store: StoreMove) -> None:
+    with contextlib.suppress(TransientError):
+        store.release()  # a lost session has released its lock already
 
 
-def _insist(at: Attempt, verb: Callable[[], None], phase: Phase) -> None:
-    deadline = time.monotonic() + HAND_OVER_FOR_S
+def hand_over(at: Attempt, timings: Timings | None = None) -> None:
+    """Steps 5 to 7, at all stores together; tried again for a while: there is only forward.
+
+    Who waits at one store goes on as soon as that one is handed over, and before it is durable.
+
+    Args:
+        timings: of the barrier under way. None where an earlier attempt died in it: then nobody
+            waits who would have to be given way to.
+
+    Raises:
+        TransientError: a store did not do it within `HAND_OVER_FOR_S`; a retry goes on.
+    """
+    deadline = time.monotonic() + HAND_OVER_FOR_S  # for all of it
+
+    def at_one(store: StoreMove) -> None:
+        try:
+            _insist(at, store.hand_over, deadline)  # 5
+            reach(Phase.HANDED_OVER_ONE)
+        finally:
+            _release_one(store)  # 6
+
+    _together(at, at_one)
+    if timings is not None:
+        timings.mark(_HAND_OVER)
+        time.sleep(GIVE_WAY_S)
+    reach(Phase.RELEASED)
+    _together(at, lambda store: _insist(at, store.keep_handed_over, deadline))  # 7
+    reach(Phase.HAND_OVER_KEPT)
+
+
+def _insist(at: Attempt, verb: Callable[[], None], deadline: float) -> None:
     while True:
         try:
             verb()
@@ -299,7 +331,6 @@ def _insist(at: Attempt, verb: Callable[[], None], phase: Phase) -> None:
             log.warning("migration %s: %s; trying again", at.migration.id, error)
             _pause_briefly()
         else:
-            reach(phase)
             return
 
 

@@ -14,9 +14,9 @@ Order of the verbs in an online move (`cellferry.migration` calls them)::
     sync, sync, …                                  sync
     verify, ask                                    verify
     thaw, check_return                             cutover, and roll back (turned), begin
-    catch_up, freeze, finish, [flip], hand_over, release       cutover
+    catch_up, freeze, finish, [flip], hand_over, release, keep_handed_over     cutover
     sync, ask                                      soak (turned)
-    sync, verify, catch_up, freeze, finish, [flip], hand_over, release    roll back (turned)
+    sync, verify, catch_up, freeze, …, keep_handed_over        roll back (turned)
     thaw, release, close_capture, cleanup          abort
     cleanup, close_capture                         cleanup (turned after a roll-back)
     backlog, drop_capture                          when a stopped migration's log is over its budget
@@ -292,7 +292,15 @@ class StoreMove(ABC):
     def hand_over(self) -> None:
         """After the flip: source `moved` (epoch + 1, new cell), destination open. Repeatable.
 
-        A capture of the source is closed; the gate stays until clean-up (invariant 5).
+        A capture of the source is closed; the gate stays until clean-up (invariant 5). Durable
+        when `keep_handed_over` returns.
+        """
+
+    @abstractmethod
+    def keep_handed_over(self) -> None:
+        """After `hand_over`, when nobody waits any more: see that a crash does not undo it.
+
+        Repeatable.
         """
 
     @abstractmethod

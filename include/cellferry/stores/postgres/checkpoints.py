@@ -28,6 +28,7 @@ def read(connection: psycopg.Connection[Any], migration: int) -> Mapping[str, Ch
         "SELECT relation, last_key, rows, bytes, done FROM cellferry.checkpoint"
         " WHERE migration = %s",
         (migration,),
+        prepare=True,
     ).fetchall()
     return {
         relation: Checkpoint(relation, None if key is None else tuple(key), count, size, done)
@@ -52,6 +53,7 @@ def write(connection: psycopg.Connection[Any], migration: int, mark: Checkpoint)
             mark.bytes,
             mark.done,
         ),
+        prepare=True,
     )
 
 

@@ -10,8 +10,15 @@ What makes it correct:
 see the row neither takes the lock nor logs a key. `arm` and `import_gate` wait for them.
 
 *Freezing* takes the exclusive side of the lock whose shared side every writer of an armed
-organization holds to the end of its transaction; then makes `frozen` durable, then goes on holding
-the lock, so that writers wait instead of failing. The lock dies with its session, `frozen` stays.
+organization holds to the end of its transaction; then writes `frozen`, and goes on holding the
+lock, so that writers wait instead of failing. The lock dies with its session, `frozen` stays.
+
+*Waiting for the disk* happens beside other work as long as writers wait. A crash before
+`keep_frozen` may leave the gate open, and writers may have written: `keep_frozen` then refuses, and
+nothing flips. A crash after the flip and before the hand-over is kept leaves the source `frozen`
+and the destination `importing` (`moved` on the way back): both refuse. A write that was
+acknowledged comes later in the log than the change of the gate that let it in, and never survives
+without it.
 
 The functions expect a connection in autocommit mode and commit what they do, unless a transaction
 is open: then they take part in it.
@@ -356,8 +363,12 @@ def hold_retained(connection: Connection, move: Move) -> None:
         )
 
 
-def hand_over_source(connection: Connection, move: Move) -> None:
-    """After the flip: the source says `moved`, with the new epoch and cell. Repeatable."""
+def hand_over_source(connection: Connection, move: Move, *, durable: bool = True) -> None:
+    """After the flip: the source says `moved`, with the new epoch and cell. Repeatable.
+
+    Args:
+        durable: whether to wait for the disk; a repetition that does makes it durable.
+    """
     _change(
         connection,
         move,
@@ -368,17 +379,23 @@ def hand_over_source(connection: Connection, move: Move) -> None:
         " AND migration = %(migration)s AND attempt = %(attempt)s"
         " AND (state = 'frozen' AND epoch = %(epoch)s"
         " OR state = 'moved' AND epoch = %(epoch)s + 1)",
+        durable=durable,
     )
 
 
-def hand_over_destination(connection: Connection, move: Move) -> None:
-    """After the flip: the destination is open, with the new epoch. Repeatable."""
+def hand_over_destination(connection: Connection, move: Move, *, durable: bool = True) -> None:
+    """After the flip: the destination is open, with the new epoch. Repeatable.
+
+    Args:
+        durable: as of `hand_over_source`.
+    """
     _change(
         connection,
         move,
         Side.DESTINATION,
         "opened",
         _OPEN_RETAINED if move.returning else _OPEN_IMPORTED,
+        durable=durable,
     )
 
 
@@ -473,9 +490,29 @@ def await_last_writers(connection: Connection, lock_key: int) -> None:
 
 
 def _change(
-    connection: Connection, move: Move, side: Side, what: str, statement: LiteralString
+    connection: Connection,
+    move: Move,
+    side: Side,
+    what: str,
+    statement: LiteralString,
+    *,
+    durable: bool = True,
 ) -> None:
-    _insist_on_change(_send(connection, move, statement), connection, move, side, what)
+    send = _send if durable else _send_unawaited
+    _insist_on_change(send(connection, move, statement), connection, move, side, what)
+
+
+def _send_unawaited(connection: Connection, move: Move, statement: LiteralString) -> int:
+    """As `_send`, without waiting for disk or standby.
+
+    One message, so one transaction; in one that is open already, all of it would not wait.
+    """
+    with psycopg.ClientCursor(connection) as cursor:
+        cursor.execute(_NOT_AWAITED + statement, _facts(move))
+        return _updated(cursor)
+
+
+_NOT_AWAITED: LiteralString = "SELECT set_config('synchronous_commit', 'off', true);"
 
 
 def _send(connection: Connection, move: Move, statement: LiteralString) -> int:
@@ -708,10 +745,11 @@ class Barrier:
         return self._held and self._session is not None and not self._session.closed
 
     def freeze(self, deadline_s: float) -> None:
-        """Drain the organization's writers and make `frozen` durable; new writers wait.
+        """Drain the organization's writers and write `frozen`; new writers wait.
 
-        Repeatable. One attempt to get the lock is short: while it lasts, new writers queue behind
-        it, and one of them may hold what a writer in flight needs. Between attempts they go on.
+        Durable after `keep_frozen`. Repeatable. One attempt to get the lock is short: while it
+        lasts, new writers queue behind it, and one of them may hold what a writer in flight needs.
+        Between attempts they go on.
 
         Raises:
             DrainTimeout: a writer did not end within `deadline_s`; the gate is as before.
@@ -738,6 +776,18 @@ class Barrier:
             except BaseException:
                 self.release()
                 raise
+
+    def keep_frozen(self) -> None:
+        """Make `frozen` durable; nothing may flip before.
+
+        Raises:
+            WrongState: the gate is not frozen any more: the server came back from before the
+                freeze, and writers may have written since.
+            LeaseLost: a newer attempt has the lease.
+        """
+        session = self._connect()
+        with sessions.translate_errors(self._where):
+            _change(session, self._move, Side.SOURCE, "kept frozen", _KEEP_FROZEN)
 
     def thaw(self) -> None:
         """Open the source again and let waiting writers go on; see the function `thaw`.
@@ -846,6 +896,15 @@ _FREEZE: LiteralString = (
     " AND state IN ('open', 'frozen')"
 )
 
+#: A server that was taken back to before the freeze has another state. Repeated after a hand-over
+#: that was cut short, it may be later.
+_KEEP_FROZEN: LiteralString = (
+    "UPDATE cellferry.gate SET changed_at = now()"
+    " WHERE organization = %(organization)s AND migration = %(migration)s"
+    " AND attempt = %(attempt)s AND (state = 'frozen' AND epoch = %(epoch)s"
+    " OR state = 'moved' AND epoch = %(epoch)s + 1)"
+)
+
 #: The second wait ends about when the first one would have.
 _LOCK: LiteralString = """
 SELECT set_config('lock_timeout', %(attempt_ms)s || 'ms', true);
@@ -862,7 +921,7 @@ SELECT set_config('idle_session_timeout', %(standstill)s, false)
 #: The lock of loose writers goes when the gate is seen to be frozen: who has it does not ask for
 #: the gate's.
 _FREEZE_AND_UNLOCK: LiteralString = (
-    "BEGIN;" + _FREEZE + "; COMMIT; RESET idle_session_timeout;"
+    "BEGIN;" + _NOT_AWAITED + _FREEZE + "; COMMIT; RESET idle_session_timeout;"
     " SELECT pg_advisory_unlock(%(loose_lock)s)"
 )
 

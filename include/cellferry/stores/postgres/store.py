@@ -684,7 +684,7 @@ class PostgresMove(StoreMove):
         return barrier
 
     def freeze(self, deadline_s: float) -> None:
-        """Lock the gate, drain the writers, make `frozen` durable."""
+        """Lock the gate, drain the writers, write `frozen`; `finish` waits until it is durable."""
         if self._barrier is None:
             self._barrier = self._make_barrier()
         with sessions.translate_errors(self._where(Side.SOURCE)):
@@ -724,9 +724,10 @@ class PostgresMove(StoreMove):
             # Under the gate time counts: the layouts are read beside the round, and looked at
             # before it commits.
             layouts = {side: pool.submit(self._read_layout_aside, side) for side in Side}
-            frozen = pool.submit(self._wait_for_candidates, Side.SOURCE)
+            frozen = pool.submit(self._keep_frozen)
 
             def before_commit() -> None:
+                frozen.result()  # what was read of the source is on its disk by then
                 for side, future in layouts.items():
                     layout.insist(side, self._where(side), self._layouts.get(side), future.result())
                 # A standby that has the last delta has this, too: it is earlier in the log.
@@ -760,6 +761,12 @@ class PostgresMove(StoreMove):
             evidence=evidence,
         )
 
+    def _keep_frozen(self) -> float:
+        """See that the frozen gate survives a crash and a failover; return seconds of waiting."""
+        if self._barrier is not None:  # after the flip an earlier attempt's freeze is kept already
+            self._barrier.keep_frozen()
+        return self._wait_for_candidates(Side.SOURCE)
+
     def _advance_sequences(self) -> dict[str, int]:
         """Advance those that rows of the last delta may have come near to."""
         all_came_now = self.move.strategy is Strategy.FREEZE_FIRST
@@ -782,21 +789,36 @@ class PostgresMove(StoreMove):
                 where=self._where(Side.DESTINATION),
             )
         evidence["hashes"] = found.hashes
+        if found.remarks:
+            evidence["remarks"] = list(found.remarks)
         return found.compared
 
     def hand_over(self) -> None:
-        """Source `moved`, destination open, both with the new epoch. Repeatable."""
+        """Source `moved`, destination open, both with the new epoch. Repeatable.
+
+        Without waiting for the disk, since writers wait: `keep_handed_over` does.
+        """
         # The source is frozen durably: in which order the two become visible does not matter.
         self._bring_last_delta_again()
+        self._hand_over(durable=False)
+
+    def keep_handed_over(self) -> None:
+        """Wait until what `hand_over` did survives a crash of either server. Repeatable."""
+        self._bring_last_delta_again()  # the destination may have failed over since
+        self._hand_over(durable=True)
+
+    def _hand_over(self, *, durable: bool) -> None:
         connections = {side: self._connection(side) for side in Side}
 
         def source() -> None:
             with sessions.translate_errors(self._where(Side.SOURCE)):
-                gate.hand_over_source(connections[Side.SOURCE], self.move)
+                gate.hand_over_source(connections[Side.SOURCE], self.move, durable=durable)
 
         def destination() -> None:
             with sessions.translate_errors(self._where(Side.DESTINATION)):
-                gate.hand_over_destination(connections[Side.DESTINATION], self.move)
+                gate.hand_over_destination(
+                    connections[Side.DESTINATION], self.move, durable=durable
+                )
 
         with ThreadPoolExecutor(len(Side)) as pool:
             for done in [pool.submit(source), pool.submit(destination)]:
