@@ -346,6 +346,7 @@ class Verification:
     Attributes:
         hashes: per part `{"count": n, "source": hash, "destination": hash}`.
         mismatches: at most 100 examples; `mismatch_count` is the full number.
+        remarks: what was not looked at, in words.
     """
 
     store: str
@@ -354,6 +355,7 @@ class Verification:
     mismatches: tuple[Mismatch, ...]
     hashes: Mapping[str, Mapping[str, Any]]
     seconds: float
+    remarks: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:

@@ -12,7 +12,7 @@ import pytest
 from psycopg import sql
 
 from cellferry.model import Blocker, Cell, Endpoint
-from cellferry.stores.postgres import cell_conditions
+from cellferry.stores.postgres import cell_conditions, crossings
 from cellferry.stores.postgres.data_map import discover
 from cellferry.stores.postgres.data_map_file import parse
 from cellferry.stores.postgres.inventory import shared_or_owned
@@ -380,6 +380,26 @@ def test_orphans_of_an_undeclared_key_are_counted_as_nobodys(cells: Cells) -> No
     found = only(cells.check(), "unowned-rows")
     assert "1 rows belong to no organization" in found.reason
     assert not found.fatal
+
+
+def test_of_a_large_table_a_sample_is_looked_at_for_rows_of_nobody(
+    cells: Cells, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = 10**9
+    monkeypatch.setattr(crossings, "estimate_rows", lambda *_: most + 1)
+    monkeypatch.setattr(crossings, "_SAMPLED_ROWS", most)  # a sample of nearly everything
+    cells.source.execute("INSERT INTO comments VALUES (2, gen_random_uuid(), 'lost')")
+    found = only(cells.check(), "unowned-rows")
+    assert "1 of a sample of about 1,000,000,000 rows belong to no organization" in found.reason
+
+
+def test_rows_of_nobody_outside_the_sample_are_not_read(
+    cells: Cells, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crossings, "estimate_rows", lambda *_: 10**9)
+    monkeypatch.setattr(crossings, "_SAMPLED_ROWS", 1)  # of nearly nothing
+    cells.source.execute("INSERT INTO comments VALUES (2, gen_random_uuid(), 'lost')")
+    assert "unowned-rows" not in {one.code for one in cells.check()}
 
 
 def test_a_parent_of_nobody_must_be_at_the_destination(cells: Cells) -> None:

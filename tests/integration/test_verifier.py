@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from cellferry.model import Side
+from cellferry.stores.postgres import verifier
 from cellferry.stores.postgres.store import PostgresMove
 from fixtures.ferry import Ferry
 
@@ -114,6 +115,51 @@ def test_an_orphan_that_the_source_does_not_have_is_found(
 
     (mismatch,) = move.verify().mismatches
     assert (mismatch.key, mismatch.reason) == ("1000", "orphan")
+
+
+def test_orphans_are_not_looked_for_among_too_many_rows_of_others(
+    copied: tuple[Ferry, PostgresMove], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ferry, move = copied
+    ferry.run(Side.SOURCE, "DELETE FROM issues WHERE id = 1000")
+    damage(ferry, ORPHAN)
+    monkeypatch.setattr(verifier, "ORPHAN_ROWS", 0)
+    monkeypatch.setattr(verifier, "ORPHAN_TIMES", 0)
+
+    found = move.verify()
+
+    assert found.ok
+    assert any("orphans not looked for in public.issues" in one for one in found.remarks)
+    assert not any("public.projects" in one for one in found.remarks), "its owner is in the row"
+
+
+def test_a_repair_looks_for_orphans_among_however_many(
+    copied: tuple[Ferry, PostgresMove], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is made where the log was lost, from which a round would know of them."""
+    ferry, move = copied
+    ferry.run(Side.SOURCE, "DELETE FROM issues WHERE id = 1000")
+    damage(ferry, ORPHAN)
+    monkeypatch.setattr(verifier, "ORPHAN_ROWS", 0)
+    monkeypatch.setattr(verifier, "ORPHAN_TIMES", 0)
+
+    move.repair()
+
+    assert ferry.run(Side.DESTINATION, "SELECT id FROM issues WHERE id = 1000") == []
+
+
+def test_a_row_of_ours_that_lost_its_parent_is_found_among_however_many(
+    copied: tuple[Ferry, PostgresMove], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ferry, move = copied
+    damage(ferry, "UPDATE issues SET project_id = 555 WHERE id = 1999")
+    monkeypatch.setattr(verifier, "ORPHAN_ROWS", 0)
+    monkeypatch.setattr(verifier, "ORPHAN_TIMES", 0)
+
+    found = {(one.part, one.key): one.reason for one in move.verify().mismatches}
+
+    assert found["public.issues", "1999"] == "missing at destination"
+    assert "orphan" not in found.values()
 
 
 def test_a_child_of_another_move_that_waits_for_its_parent_is_no_orphan(

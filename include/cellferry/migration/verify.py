@@ -64,6 +64,9 @@ def verify(context: Context, migration_id: int) -> StepResult:
             if evidence
             else "freeze-first: everything is compared under the gate"
         )
+        summary = "; ".join(
+            [summary, *(remark for found in evidence.values() for remark in found.remarks)]
+        )
         return StepResult(
             "verify",
             migration_id,

@@ -1,4 +1,4 @@
-"""Whether the planner should get to know rows that a move brought before their users ask for them.
+"""What the planner knows of tables, and when it should get to know rows that a move brought.
 
 A table's statistics are made for the table as a whole, and looking at a sample of a large one takes
 a second. So a move has them made anew where it changed a table by as much as the server's own
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import psycopg
+from psycopg import sql
 
 from cellferry.stores.postgres.schema import Table
 
@@ -61,3 +62,19 @@ def outdated(
     rows = [planned.get(str(table.name), 0) for table in tables]
     found = connection.execute(_TABLES, {"names": names, "planned": rows}).fetchall()
     return [tables[number - 1] for (number,) in found]
+
+
+def estimate_rows(
+    connection: psycopg.Connection[Any], table: Table, condition: sql.Composable
+) -> int:
+    """Return the planner's estimate of how many rows of `table` meet `condition`; reads none.
+
+    Args:
+        condition: on the row called `t`.
+    """
+    (((plan,),),) = connection.execute(
+        sql.SQL("EXPLAIN (FORMAT JSON) SELECT FROM {} AS t WHERE {}").format(
+            table.name.identifier, condition
+        )
+    ).fetchall()
+    return int(plan["Plan"]["Plan Rows"])
