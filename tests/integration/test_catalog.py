@@ -24,6 +24,8 @@ from fixtures.postgres import FreshDatabases, MakeServer, postgres_versions
 Connection = psycopg.Connection[tuple[Any, ...]]
 
 SCHEMA = """
+CREATE SCHEMA cellferry;
+CREATE TYPE cellferry."@8" AS ();
 CREATE SCHEMA more;
 CREATE SCHEMA extensions;
 CREATE EXTENSION citext SCHEMA extensions;
@@ -179,6 +181,8 @@ NO_CHANGES = {
     "a temporary table comes and goes": (
         "BEGIN; CREATE TEMP TABLE room (id serial PRIMARY KEY, note text) ON COMMIT DROP; COMMIT"
     ),
+    "a gate comes": 'CREATE TYPE cellferry."@7" AS ()',
+    "a gate goes": 'DROP TYPE cellferry."@8"',
     "what is done is undone": "BEGIN; ALTER TABLE rooms ADD COLUMN more int; ROLLBACK",
 }
 

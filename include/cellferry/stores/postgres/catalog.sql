@@ -10,12 +10,18 @@
 -- change how definitions are printed. What initdb pins has numbers below 12000 and stays as it is.
 -- The conditions are plain, for every new session plans them. The hashes are linear; a sum of them
 -- will do, since a change either brings a new transaction id into it or takes lines away.
-WITH entry (hash) AS (
+--
+-- Of cellferry's own schema, which no query here tells of, tables and types do not count: each gate
+-- has a type there, and comes and goes with a move. Of dependencies count those that are read below:
+-- on extensions, on columns (sequences), of defaults.
+WITH own AS (
+    SELECT oid FROM pg_namespace WHERE nspname = 'cellferry'
+), entry (hash) AS (
     SELECT hash_record_extended(ROW(t.tableoid, t.xmin, t.ctid), 0) FROM pg_namespace AS t
     WHERE NOT starts_with(t.nspname, 'pg_')
     UNION ALL
     SELECT hash_record_extended(ROW(t.tableoid, t.xmin, t.ctid), 0) FROM pg_class AS t
-    WHERE t.oid >= 12000
+    WHERE t.oid >= 12000 AND t.relnamespace IS DISTINCT FROM (SELECT oid FROM own)
     UNION ALL
     SELECT hash_record_extended(ROW(t.tableoid, t.xmin, t.ctid), 0) FROM pg_attribute AS t
     WHERE t.attrelid >= 12000
@@ -40,7 +46,7 @@ WITH entry (hash) AS (
     SELECT hash_record_extended(ROW(t.tableoid, t.xmin, t.ctid), 0) FROM pg_partitioned_table AS t
     UNION ALL
     SELECT hash_record_extended(ROW(t.tableoid, t.xmin, t.ctid), 0) FROM pg_type AS t
-    WHERE t.oid >= 12000
+    WHERE t.oid >= 12000 AND t.typnamespace IS DISTINCT FROM (SELECT oid FROM own)
     UNION ALL
     SELECT hash_record_extended(ROW(t.tableoid, t.xmin, t.ctid), 0) FROM pg_enum AS t
     UNION ALL
@@ -52,6 +58,7 @@ WITH entry (hash) AS (
     UNION ALL
     SELECT hash_record_extended(ROW(t.tableoid, t.xmin, t.ctid), 0) FROM pg_depend AS t
     WHERE t.objid >= 12000
+        AND (t.deptype = 'e' OR t.refobjsubid > 0 OR t.classid = 'pg_attrdef'::regclass)
     UNION ALL
     SELECT hash_record_extended(ROW(t.tableoid, t.xmin, t.ctid), 0) FROM pg_proc AS t
     WHERE t.oid >= 12000
@@ -79,6 +86,7 @@ WITH entry (hash) AS (
     UNION ALL
     SELECT hashfloat8extended(round(ln(greatest(t.reltuples, 1))), t.oid::bigint) FROM pg_class AS t
     WHERE t.oid >= 12000 AND t.relkind IN ('r', 'p', 'm', 'f')
+        AND t.relnamespace IS DISTINCT FROM (SELECT oid FROM own)
     UNION ALL
     SELECT hashtextextended(ROW(pg_postmaster_start_time(), stats_reset)::text, 0)
     FROM pg_stat_bgwriter
