@@ -6,6 +6,7 @@ that somebody might well forget; `test_matrix.py` shows that the matrix finds it
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,6 +39,7 @@ def _whole_log_is_forgotten() -> None:
     from cellferry.stores.postgres.rounds import Rounds
 
     def forget(self: Any, _dirty: Any) -> None:
+        time.sleep(0.1)  # somebody writes meanwhile
         self._source.execute(
             "DELETE FROM cellferry.key_log WHERE organization = %s", [self._move.organization.id]
         )
