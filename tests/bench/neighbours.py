@@ -259,7 +259,13 @@ class Found:
 
     def idle_probe_s(self) -> float:
         """Return what the automatic target began with: the p95 of the slower cell's probes."""
-        return max(float(one["idle_s"]) for one in self.decisions if one["idle_s"] is not None)
+        found = [float(one["idle_s"]) for one in self.decisions if one["idle_s"] is not None]
+        if not found:
+            raise RuntimeError(
+                "the copy ended before the controller had probed an idle cell: its target is not"
+                " known; run the section with a larger --scale"
+            )
+        return max(found)
 
     def p99(self, name: str, cell: str | None = None) -> float:
         """Return the 99th percentile of a circumstance in milliseconds."""

@@ -58,31 +58,35 @@ class Passed:
     """Pauses of one organization, in seconds, and where the controller saw them go.
 
     Attributes:
-        there: at cutovers.
-        back: at roll-backs.
+        flips: cutovers and roll-backs, each with the write that waited longest around it.
         quiet: the longest wait in as long a time as counts at a flip, away from every flip.
         longest: of any write of it, at whatever time.
         retries: steps that had to be tried again.
         parts: of the barrier, for each flip.
+        keys: rows of PostgreSQL that the last delta had to bring, for each flip.
         finishing: parts of `finish` in PostgreSQL, for each flip.
         per_s: acknowledged writes per second, and of those the organization's that moves.
         busy: share of the processors that was busy, over whole moves.
     """
 
-    there: Sequence[float]
-    back: Sequence[float]
+    flips: Sequence[alternations.Flip]
     quiet: Sequence[float]
     longest: float
     retries: int
     parts: list[Mapping[str, float]]
+    keys: list[int]
     finishing: list[Mapping[str, float]]
     per_s: tuple[float, float]
     busy: float
 
     @property
     def all(self) -> list[float]:
-        """Both directions."""
-        return [*self.there, *self.back]
+        """The longest wait at each flip."""
+        return [one.longest_s for one in self.flips]
+
+    def of(self, kind: str) -> list[float]:
+        """The longest wait at each flip of a kind."""
+        return [one.longest_s for one in self.flips if one.kind == kind]
 
     @property
     def closed(self) -> list[float]:
@@ -108,16 +112,18 @@ def run(bench: Bench) -> Section:
             Table(
                 ("", "flips", "p50 ms", "p95 ms", "longest ms"),
                 [
-                    _row("cutover", passed.there),
-                    _row("roll-back", passed.back),
+                    _row("cutover", passed.of("cutover")),
+                    _row("roll-back", passed.of("switchback")),
                     _row("together", passed.all),
                     _row("as long a time without a flip", passed.quiet),
+                    _row(f"together, with {few.per_s[0]:.0f} writes/s", few.all),
                 ],
                 f"cellferry, {passed.per_s[0]:.0f} acknowledged writes/s,"
                 f" {passed.per_s[1]:.0f} of them to who moves, as the writers saw it",
             ),
             _where(passed, few),
             _inside_finish(passed),
+            _slowest(passed),
             Table(
                 ("", "flips", "p50 ms", "p95 ms", "longest ms", "p50 against cellferry"),
                 [
@@ -204,9 +210,9 @@ def alternate(
         time.sleep(1)
     busy = psutil.cpu_percent(None) / 100
     ledger = fleet.application.ledger()
-    found = alternations.longest_waits(ledger, moved, fleet.topology_url)
-    parts = [
-        facts["parts"]
+    flips = alternations.flips(ledger, moved, fleet.topology_url)
+    passed = [
+        facts
         for migration in fleet.context.topology.migrations(org=moved)
         for name in ("pause", "pause_back")
         if (facts := migration.facts.get(name))
@@ -215,18 +221,13 @@ def alternate(
     done = [one for one in writes if one.outcome is Outcome.ACKNOWLEDGED]
     took = max(one.wall + one.seconds for one in done) - min(one.wall for one in done)
     of_moved = [one for one in done if one.organization == moved.id]
-    flips = [
-        one.at
-        for one in read_history(fleet.topology_url)
-        if one.organization == moved.id and one.epoch > 1
-    ]
     return Passed(
-        there=found["cutover"],
-        back=found["switchback"],
-        quiet=_away_from(flips, of_moved),
+        flips=flips,
+        quiet=_away_from([one.at for one in flips], of_moved),
         longest=max(one.seconds for one in writes if one.organization == moved.id),
         retries=retries,
-        parts=parts,
+        parts=[one["parts"] for one in passed],
+        keys=[int(one["finished"]["postgres"]["applied"]) for one in passed],
         finishing=finishing,
         per_s=(len(done) / took, len(of_moved) / took),
         busy=busy,
@@ -262,11 +263,11 @@ def check(fleet: alternations.Fleet) -> Checked:
 #: Parts of the barrier in the order of time: their names in a migration's facts, and in words.
 _BARRIER = {
     "freeze redis": "freeze Valkey",
-    "freeze postgres": "freeze PostgreSQL: lock the gate, drain, commit",
-    "finish": "finish: last delta to both stores of the other cell, compared, committed",
+    "freeze postgres": "freeze PostgreSQL: lock the gate, drain, write `frozen`",
+    "finish": "finish: last delta to both stores of the other cell, compared, committed;"
+    " beside it, the disk has the frozen gate",
     "flip": "flip: the topology commits the new route",
-    "hand over": "hand over: both gates learn it, two commits at once",
-    "release": "release: writers that wait hear of it",
+    "hand over": "hand over: the gates learn it, and then writers that wait there",
 }
 #: What `finish` does in PostgreSQL, one after the other.
 _FINISH: Mapping[str, tuple[Any, str]] = {
@@ -337,11 +338,43 @@ def _inside_finish(passed: Passed) -> Table:
                 (name, *_median_and_most([one[name] for one in passed.finishing]))
                 for name in _FINISH
             ),
-            ("begin and commit at both, mark it, wait for a standby", *_median_and_most(rest)),
+            (
+                "begin and commit at both, mark it; the frozen gate's disk, layouts, a standby",
+                *_median_and_most(rest),
+            ),
             ("all", *_median_and_most(whole)),
         ],
         "inside finish, PostgreSQL",
     )
+
+
+def _slowest(passed: Passed) -> Table:
+    """The write that waited longest at each flip: where, and what it did meanwhile."""
+    rows: list[list[str | float | None]] = []
+    for store, words in (("postgres", "PostgreSQL"), ("redis", "Valkey")):
+        found = [
+            (flip.at, flip.slowest)
+            for flip in passed.flips
+            if flip.slowest is not None and flip.slowest.store == store
+        ]
+        if found:
+            before = [at - one.wall for at, one in found]
+            after = [one.wall + one.seconds - at for at, one in found]
+            rows.append(
+                [
+                    words,
+                    len(found),
+                    statistics.median(one.attempts for _, one in found),
+                    statistics.median(in_ms(before)),
+                    statistics.median(in_ms(after)),
+                ]
+            )
+    return Table(
+        ("store", "flips", "attempts, p50", "began before the flip, ms, p50",
+         "acknowledged after it, ms, p50"),
+        rows,
+        "the write that waited longest around each flip",
+    )  # fmt: skip
 
 
 def _median_and_most(seconds: Sequence[float]) -> tuple[float, float]:
@@ -369,10 +402,13 @@ def _why(passed: Passed, few: Passed) -> str:
 def _why_not_shorter(passed: Passed, peers: _Peers) -> str:
     finish = statistics.median(one["all"] for one in passed.finishing) * 1000
     whole = statistics.median(sum(one) for one in peers.fenced[_NATIVE_DURABLE]) * 1000
+    waited = statistics.median(in_ms(peers.pauses[_NATIVE_DURABLE]))
     return (
         "the better of the two settings of the subscription counts. Its fence is closed for"
         f" {whole:.0f} ms: replication has applied everything but the last commits before, and the"
-        f" flip is one UPDATE. In cellferry the last delta alone takes {finish:.0f} ms: it reads"
+        f" flip is one UPDATE. Even so its writers waited {waited:.0f} ms in the median:"
+        f" {waited - whole:.0f} ms more than the fence was closed, which a shorter fence would not"
+        f" take away. In cellferry the last delta alone takes {finish:.0f} ms: it reads"
         " log and rows, writes them, compares both sides by hash, arms the way back, and leaves"
         " in both cells and the topology what another process needs to finish or undo it"
     )

@@ -430,7 +430,8 @@ def _section(
         Append-only files, synced each second. The peers are MIGRATE COPY REPLACE KEYS with two
         commands under way, and the full sync of an empty replica, without delay and without a
         file between, which copies everything. Meanwhile a process at each server sends
-        {per_second:,} small commands a second for other organizations. The client
+        {per_second:,} small commands a second for other organizations. Timed is the copy alone:
+        cellferry's connections, lease and change capture are made before. The client
         yields the processor to servers and neighbours, as the task of a copy does. After each run
         the keys of both sides are read, and counts, values and expiries compared.""",
         (speed, gentle),

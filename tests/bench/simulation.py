@@ -50,6 +50,8 @@ _PASSWORD = "bench"  # of servers that live for one run, on loopback
 #: Rows and keys of organizations, as draws: most are small, some are not.
 _ROWS = cohorts.Spread(median=600, p95=8_000, most=15_000)
 _KEYS = cohorts.Spread(median=50, p95=800, most=2_000)
+_LARGE = ((400_000, 2_000), (100_000, 20_000))
+"""Rows and keys of two more, which say what a million of either costs; the others say the rest."""
 
 
 # --- in the worker processes ------------------------------------------------------------------
@@ -169,11 +171,15 @@ class Cells:
         chance = random.Random(f"bench {name}")
         found = []
         for _ in range(count):
-            organization = Organization(str(self._next), f"org-{self._next}")
-            self._next += 1
             rows, keys = int(_ROWS.draw(chance)), int(_KEYS.draw(chance))
-            found.append(Seed(organization, SOURCE, max(60, rows), max(12, keys)))
+            found.append(self.seed(max(60, rows), max(12, keys)))
         return found
+
+    def seed(self, rows: int, keys: int) -> Seed:
+        """Return the next organization, with so many."""
+        organization = Organization(str(self._next), f"org-{self._next}")
+        self._next += 1
+        return Seed(organization, SOURCE, rows, keys)
 
     def used(self) -> dict[str, float]:
         """Processor seconds so far, of the mover, both cells and the topology."""
@@ -405,7 +411,10 @@ def run(bench: Bench) -> Section:
                 "runs_at_once": 1}
     )  # fmt: skip
     groups = {
-        "one after the other": cells.draw(bench.size(16, 6), "alone"),
+        "one after the other": [
+            *cells.draw(bench.size(16, 6), "alone"),
+            *(cells.seed(bench.size(rows, 60), bench.size(keys, 12)) for rows, keys in _LARGE),
+        ],
         "busy": cells.draw(bench.size(24, 6), "busy"),
         wide.name: cells.draw(bench.size(104, 8), "wide"),
         narrow.name: cells.draw(bench.size(16, 4), "narrow"),
@@ -449,16 +458,24 @@ def run(bench: Bench) -> Section:
     predicted, measured = compared[wide.name]
     return Section(
         title="Simulation",
-        method=f"""`cellferry simulate` predicts how long cohorts take. Two real cells (PostgreSQL
-        and Valkey each) and a topology on this machine hold small organizations of mixed sizes.
-        One part of them is moved one after the other, and each step's seconds and processor
-        seconds are fitted to rows and keys (least squares, nothing negative); a second part is
-        moved by {wide.slots} worker processes at once, which says how much more processor time
-        the same steps take on a busy machine. With these rates the simulator predicts how long
-        the other {real} take, before they are moved by the same worker processes under the limits
-        of the DAG (soak {SOAK_S:g} s, TTL {TTL_S:g} s, clean-up included); then others on fewer
-        workers. Airflow has no part in it. The cohorts of the requirements follow, with the rates
-        of this run, and those of other sections where they have been measured.""",
+        method=f"""`cellferry simulate` predicts how long cohorts take. Two real cells
+        (PostgreSQL and Valkey each) and a topology on this machine hold small organizations of
+        mixed sizes, and
+        some of {" and ".join(f"{bench.size(rows, 60):,}" for rows, _ in _LARGE)} rows. These
+        and a part of the small ones are moved one after the other, and each step's seconds and
+        processor seconds are fitted to rows and keys (least squares, nothing negative); a
+        second part is moved by {wide.slots} worker processes at once, which says how much more
+        processor time the same steps take on a busy machine. With these rates the simulator
+        predicts how long the other {real} take, before they are moved by the same worker
+        processes under the limits of the DAG (soak {SOAK_S:g} s, TTL {TTL_S:g} s, clean-up
+        included); then others on fewer workers. Airflow has no part in it. The cohorts of the
+        requirements follow, with the rates of this run, and those of other sections where they
+        have been measured. *Held up by* is the share of the time in which a thing was full, or
+        had the longest queue: *slots of the workers* are Airflow's, *schedulers* its
+        schedulers' processors, *runs at once* the DAG's limit, *turns at the barrier* the
+        cutovers that may be under way at once, *rows/s* and *moves at once in legacy* what the
+        cell that all leave may be asked for; *own pace*: nothing was full, the steps took their
+        time.""",
         tables=(
             Table(
                 ("workers", "organizations", "rows", "simulated s", "real s", "ratio",

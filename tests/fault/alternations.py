@@ -33,7 +33,7 @@ from cellferry import settings
 from cellferry.errors import TransientError
 from cellferry.local.application import Application, Checked
 from cellferry.local.application.checker import read_history
-from cellferry.local.application.ledger import Ledger
+from cellferry.local.application.ledger import Ledger, Operation
 from cellferry.local.postgres_server import DURABLE, FAST, PostgresServer
 from cellferry.local.valkey_server import ValkeyServer
 from cellferry.migration import Context, MoveOptions, steps
@@ -108,9 +108,13 @@ def alternate(
                 retries += there_and_back(fleet.context, moved)
                 say(f"{number} of {times}")
             time.sleep(1)
+        found = flips(fleet.application.ledger(), moved, fleet.topology_url)
         return Outcome(
             fleet.application.check(),
-            longest_waits(fleet.application.ledger(), moved, fleet.topology_url),
+            {
+                kind: [one.longest_s for one in found if one.kind == kind]
+                for kind in ("cutover", "switchback")
+            },
             left_behind(fleet.context, moved),
             retries,
         )
@@ -197,26 +201,48 @@ def _insist(step: Callable[[], Any]) -> int:
     return TRIES
 
 
-def longest_waits(ledger: Ledger, moved: Organization, topology: str) -> dict[str, list[float]]:
-    """Return the longest wait of a write around each flip, by the kind of flip."""
-    flips = sorted(
+@dataclass(frozen=True)
+class Flip:
+    """A change of authority, and the write that waited longest around it.
+
+    Attributes:
+        kind: `cutover` or `switchback`.
+        at: when the topology wrote the new route, just before it committed it; seconds since 1970.
+        slowest: None where nobody wrote.
+    """
+
+    kind: str
+    at: float
+    slowest: Operation | None = None
+
+    @property
+    def longest_s(self) -> float:
+        """How long that write waited."""
+        return self.slowest.seconds if self.slowest else 0.0
+
+
+def flips(ledger: Ledger, moved: Organization, topology: str) -> list[Flip]:
+    """Return the flips of an organization, with the slowest write around each."""
+    turns = sorted(
         (one.at, one.cell)
         for one in read_history(topology)
         if one.organization == moved.id and one.epoch > 1
     )
-    times = [at for at, _ in flips]
-    longest = [0.0] * len(flips)
+    times = [at for at, _ in turns]
+    slowest: list[Operation | None] = [None] * len(turns)
     for one in ledger.of(moved.id):
         if one.is_read:
             continue
         index = bisect_left(times, one.wall - AROUND_FLIP_S)
         while index < len(times) and times[index] <= one.wall + one.seconds + AROUND_FLIP_S:
-            longest[index] = max(longest[index], one.seconds)
+            known = slowest[index]
+            if known is None or one.seconds > known.seconds:
+                slowest[index] = one
             index += 1
-    found: dict[str, list[float]] = {"cutover": [], "switchback": []}
-    for (_, cell), seconds in zip(flips, longest, strict=True):
-        found["cutover" if cell == CELLS[1] else "switchback"].append(seconds)
-    return found
+    return [
+        Flip("cutover" if cell == CELLS[1] else "switchback", at, one)
+        for (at, cell), one in zip(turns, slowest, strict=True)
+    ]
 
 
 def _start(stack: ExitStack, directory: Path, durability: Mapping[str, str]) -> dict[str, str]:
