@@ -21,8 +21,9 @@ BATCH_BYTES = 1024 * 1024
 HUGE_KEY = 2 * 1024 * 1024
 """A key larger than this keeps a server busy for tens of milliseconds: worth a warning."""
 SCAN_COUNT = 1000
-_AHEAD = 2
-"""Batches that the source, and the destination, have to work on while this process does."""
+_AHEAD = 1
+"""Batches that the source, and the destination, have to work on while this process does. More are
+no faster, and neighbours wait behind them."""
 _REPORT_S = 0.3
 
 
