@@ -460,9 +460,9 @@ def run(bench: Bench) -> Section:
         title="Simulation",
         method=f"""`cellferry simulate` predicts how long cohorts take. Two real cells
         (PostgreSQL and Valkey each) and a topology on this machine hold small organizations of
-        mixed sizes, and
-        some of {" and ".join(f"{bench.size(rows, 60):,}" for rows, _ in _LARGE)} rows. These
-        and a part of the small ones are moved one after the other, and each step's seconds and
+        mixed sizes, and larger ones of
+        {" and ".join(f"{bench.size(rows, 60):,}" for rows, _ in _LARGE)} rows. These and a part of
+        the small ones are moved one after the other, and each step's seconds and
         processor seconds are fitted to rows and keys (least squares, nothing negative); a
         second part is moved by {wide.slots} worker processes at once, which says how much more
         processor time the same steps take on a busy machine. With these rates the simulator

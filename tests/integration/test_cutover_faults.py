@@ -62,7 +62,7 @@ def killed(*_arguments: Any, **_named: Any) -> None:
 
 def killed_later(verb: Any) -> Any:
     """Thaws and releases at the start of a cutover are harmless; the next one is the end."""
-    harmless = {"thaw": 1, "_release": 1, "_release_one": 2}.get(verb.__name__, 0)
+    harmless = {"thaw": 1, "_release_one": 2}.get(verb.__name__, 0)
 
     def wrapped(*arguments: Any) -> None:
         nonlocal harmless

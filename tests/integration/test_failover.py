@@ -319,14 +319,9 @@ def test_an_old_cell_that_lost_the_last_delta_is_not_opened_without_it(
     cells = accepting_lag(fail)
     migration = cells.plan(acme(cells), soak_s=0)
     drive(cells, migration)
-
-    def lose_the_delta() -> None:
-        fail.stop_streaming()
-        assert write(cells, "cell-2", "issue 5") is None
-
     with cells.context() as context:
         steps.soak(context, migration)
-        with during({Phase.BARRIER_BEGUN: lose_the_delta, phase: fail}):
+        with during({Phase.BARRIER_BEGUN: losing_the_delta(fail, "cell-2"), phase: fail}):
             steps.roll_back(context, migration, "back")
         assert context.topology.migration(migration).facts["handed_back"]
     assert counter(cells, "cell-1", "issue 5") == 1
@@ -676,12 +671,12 @@ def ready(fail: Failover) -> tuple[TwoCells, int]:
     return cells, migration
 
 
-def losing_the_delta(fail: Failover) -> Callable[[], None]:
-    """Return an act: the standby gets nothing any more, and then there is something to bring."""
+def losing_the_delta(fail: Failover, cell: str = "cell-1") -> Callable[[], None]:
+    """Return an act: the standby gets nothing any more, and then `cell` has something to bring."""
 
     def act() -> None:
         fail.stop_streaming()
-        assert write(fail.cells, "cell-1", "issue 5") is None
+        assert write(fail.cells, cell, "issue 5") is None
 
     return act
 

@@ -280,10 +280,16 @@ def test_a_thawed_gate_serves_and_logs_again(armed: GatedCell) -> None:
     assert armed.logged() == {("public.projects", ("1",))}
 
 
-def test_a_destination_refuses_everybody_until_it_has_authority(gated: GatedCell) -> None:
-    move, mover = gated.move(), gated.mover()
+def importing(cell: GatedCell) -> tuple[Move, gate.Connection]:
+    """Make the cell the destination of a move; return this and the mover's session there."""
+    move, mover = cell.move(), cell.mover()
     gate.take_lease(mover, move)
     gate.import_gate(mover, move)
+    return move, mover
+
+
+def test_a_destination_refuses_everybody_until_it_has_authority(gated: GatedCell) -> None:
+    move, mover = importing(gated)
     statement = "UPDATE projects SET name = 'x' WHERE id = 1"
     assert refusal(gated, statement).sqlstate == BEING_MOVED
 
@@ -295,9 +301,7 @@ def test_a_destination_refuses_everybody_until_it_has_authority(gated: GatedCell
 
 
 def test_a_destination_does_not_open_without_the_way_back(gated: GatedCell) -> None:
-    move, mover = gated.move(), gated.mover()
-    gate.take_lease(mover, move)
-    gate.import_gate(mover, move)
+    move, mover = importing(gated)
 
     with pytest.raises(WrongState):
         gate.hand_over_destination(mover, move)
@@ -354,9 +358,7 @@ def test_a_writer_that_was_let_in_finds_the_gate_open_after_a_crash(
     crashing: tuple[PostgresServer, GatedCell],
 ) -> None:
     server, cell = crashing
-    move, mover = cell.move(), cell.mover()
-    gate.take_lease(mover, move)
-    gate.import_gate(mover, move)
+    move, mover = importing(cell)
     gate.arm_reverse(mover, move)
     gate.hand_over_destination(mover, move, durable=False)
     cell.run("SET LOCAL synchronous_commit = on", "UPDATE projects SET name = 'x' WHERE id = 1")
@@ -371,9 +373,7 @@ def test_a_hand_over_that_a_crash_took_back_refuses_until_it_is_repeated(
     crashing: tuple[PostgresServer, GatedCell],
 ) -> None:
     server, cell = crashing
-    move, mover = cell.move(), cell.mover()
-    gate.take_lease(mover, move)
-    gate.import_gate(mover, move)
+    move, mover = importing(cell)
     gate.arm_reverse(mover, move)
     gate.hand_over_destination(mover, move, durable=False)
     statement = "UPDATE projects SET name = 'x' WHERE id = 1"

@@ -106,12 +106,23 @@ def test_a_doubled_row_is_found(copied: tuple[Ferry, PostgresMove]) -> None:
 ORPHAN = "INSERT INTO issues (id, project_id, iid, title) VALUES (1000, 555, 1, 'left behind')"
 
 
+def leave_an_orphan(ferry: Ferry) -> None:
+    """Let the destination alone have a row whose parent nobody has."""
+    ferry.run(Side.SOURCE, "DELETE FROM issues WHERE id = 1000")
+    damage(ferry, ORPHAN)
+
+
+def take_any_row_for_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a verify look for orphans among no rows at all."""
+    monkeypatch.setattr(verifier, "ORPHAN_ROWS", 0)
+    monkeypatch.setattr(verifier, "ORPHAN_TIMES", 0)
+
+
 def test_an_orphan_that_the_source_does_not_have_is_found(
     copied: tuple[Ferry, PostgresMove],
 ) -> None:
     ferry, move = copied
-    ferry.run(Side.SOURCE, "DELETE FROM issues WHERE id = 1000")
-    damage(ferry, ORPHAN)
+    leave_an_orphan(ferry)
 
     (mismatch,) = move.verify().mismatches
     assert (mismatch.key, mismatch.reason) == ("1000", "orphan")
@@ -121,10 +132,8 @@ def test_orphans_are_not_looked_for_among_too_many_rows_of_others(
     copied: tuple[Ferry, PostgresMove], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ferry, move = copied
-    ferry.run(Side.SOURCE, "DELETE FROM issues WHERE id = 1000")
-    damage(ferry, ORPHAN)
-    monkeypatch.setattr(verifier, "ORPHAN_ROWS", 0)
-    monkeypatch.setattr(verifier, "ORPHAN_TIMES", 0)
+    leave_an_orphan(ferry)
+    take_any_row_for_too_many(monkeypatch)
 
     found = move.verify()
 
@@ -138,10 +147,8 @@ def test_a_repair_looks_for_orphans_among_however_many(
 ) -> None:
     """It is made where the log was lost, from which a round would know of them."""
     ferry, move = copied
-    ferry.run(Side.SOURCE, "DELETE FROM issues WHERE id = 1000")
-    damage(ferry, ORPHAN)
-    monkeypatch.setattr(verifier, "ORPHAN_ROWS", 0)
-    monkeypatch.setattr(verifier, "ORPHAN_TIMES", 0)
+    leave_an_orphan(ferry)
+    take_any_row_for_too_many(monkeypatch)
 
     move.repair()
 
@@ -153,8 +160,7 @@ def test_a_row_of_ours_that_lost_its_parent_is_found_among_however_many(
 ) -> None:
     ferry, move = copied
     damage(ferry, "UPDATE issues SET project_id = 555 WHERE id = 1999")
-    monkeypatch.setattr(verifier, "ORPHAN_ROWS", 0)
-    monkeypatch.setattr(verifier, "ORPHAN_TIMES", 0)
+    take_any_row_for_too_many(monkeypatch)
 
     found = {(one.part, one.key): one.reason for one in move.verify().mismatches}
 

@@ -798,16 +798,16 @@ class PostgresMove(StoreMove):
 
         Without waiting for the disk, since writers wait: `keep_handed_over` does.
         """
-        # The source is frozen durably: in which order the two become visible does not matter.
-        self._bring_last_delta_again()
         self._hand_over(durable=False)
 
     def keep_handed_over(self) -> None:
         """Wait until what `hand_over` did survives a crash of either server. Repeatable."""
-        self._bring_last_delta_again()  # the destination may have failed over since
         self._hand_over(durable=True)
 
     def _hand_over(self, *, durable: bool) -> None:
+        # The destination may have failed over, also since it was opened.
+        self._bring_last_delta_again()
+        # The source is frozen durably: in which order the two become visible does not matter.
         connections = {side: self._connection(side) for side in Side}
 
         def source() -> None:
