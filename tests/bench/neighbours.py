@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.sharedctypes import Synchronized
 from typing import Any, Self
 
 import psycopg
 from tests.bench.cells import (
     DESTINATION,
     DESTINATION_OTHERS,
+    OWNED,
     SOURCE,
     SOURCE_OTHERS,
     BenchCells,
+    condition,
 )
 from tests.bench.harness import Bench, Section, Table, Target, percentile, turning
 
@@ -40,20 +44,24 @@ WARM_UP_S = 2.0
 COPY_S = 12.0
 AROUND_CUTOVER_S = 1.0
 FIXED_ROWS_PER_S = 5_000
+BATCH_ROWS = 1_000
 NICE = 10
 LIMIT = 1.3
 CLOSE_TO_IDLE = 1.15
 """The close target, against the p95 of idle probes: below the promise, for a p99 is steeper."""
 
 AUTOMATIC, CLOSE = "controller", "controller, close target"
+FIXED, PLAIN = "fixed rate", "plain COPY, fixed rate"
 CONTENDERS: Mapping[str, Mapping[str, Any]] = {
     AUTOMATIC: {"latency_target_ms": 0},
     CLOSE: {},
     "no throttle": {},
-    "fixed rate": {"rows_per_s": FIXED_ROWS_PER_S, "batch_rows": 1_000},
+    FIXED: {"rows_per_s": FIXED_ROWS_PER_S, "batch_rows": BATCH_ROWS},
+    PLAIN: {},
 }
 """The options of each. The first finds its target by itself, and what it found idle makes the close
-one: an operator who wants the neighbours to notice nothing would set that."""
+one: an operator who wants the neighbours to notice nothing would set that. The last is no move:
+what any copy at that rate costs the neighbours of this machine."""
 
 
 _METHOD = f"""
@@ -61,12 +69,14 @@ Other organizations of both cells (49 at the source, 20 at the destination) do {
 transactions a second at each cell, open loop: two reads by index, a one-row UPDATE and an INSERT
 through the gates, a durable commit; what one took counts from when it was due. They work alone,
 then beside the copy of the large organization, for {COPY_S:.0f} s or until it ends, several times
-in turn: without a throttle, with {FIXED_ROWS_PER_S:,} rows/s in batches of 1,000, and with the
-latency-driven controller: once with the target that it finds by itself (half as much again as an
-idle cell's p95, and at least 2 ms more), once with a close one, {CLOSE_TO_IDLE:g} times the idle
-p95. In production the mover runs on another machine; here it shares two cores with both servers
-and with the neighbours' clients, and runs at nice {NICE}, while the servers' own processes that
-work for it run as all others do.
+in turn: without a throttle, with {FIXED_ROWS_PER_S:,} rows/s in batches of {BATCH_ROWS:,}, and with
+the latency-driven controller: once with the target that it finds by itself (half as much again as
+an idle cell's p95, and at least 2 ms more), once with a close one, {CLOSE_TO_IDLE:g} times the idle
+p95. *Plain COPY* is the limit: a script that reads with one COPY and writes with others, in binary,
+at the same fixed rate and in as large transactions, and does nothing else. In production the mover
+runs on another machine; here it shares two cores with both servers and with the neighbours'
+clients, and runs at nice {NICE}, while the servers' own processes that work for it run as all
+others do.
 """
 
 
@@ -233,6 +243,49 @@ def moving(
         process.join()
 
 
+_HEADER, _TRAILER = b"PGCOPY\n\xff\r\n\0" + bytes(8), b"\xff\xff"
+"""Of COPY's binary format."""
+
+
+def _copy_plainly(source: str, destination: str, copied: Synchronized[int]) -> None:
+    """Copy the large organization's tables at the fixed rate, and nothing else."""
+    os.nice(NICE)
+    began = time.monotonic()
+    with psycopg.connect(source) as here, psycopg.connect(destination, autocommit=True) as there:
+        there.execute("SET session_replication_role = replica")
+        for table in ("users", *OWNED):
+            chosen = f"SELECT t.* FROM {table} AS t WHERE {condition(table)}"
+            with here.cursor().copy(
+                f"COPY ({chosen}) TO STDOUT (FORMAT binary)".encode()
+            ) as outlet:
+                # One message is one row; the first has the header before it.
+                messages = (bytes(one).removeprefix(_HEADER) for one in outlet)
+                rows = itertools.takewhile(lambda one: one != _TRAILER, messages)
+                while some := list(itertools.islice(rows, BATCH_ROWS)):
+                    with there.cursor().copy(
+                        f"COPY {table} FROM STDIN (FORMAT binary)".encode()
+                    ) as inlet:
+                        inlet.write(b"".join((_HEADER, *some, _TRAILER)))
+                    copied.value += len(some)
+                    due = began + copied.value / FIXED_ROWS_PER_S
+                    time.sleep(max(0.0, due - time.monotonic()))
+
+
+@contextlib.contextmanager
+def copying_plainly(cells: BenchCells) -> Iterator[tuple[BaseProcess, Synchronized[int]]]:
+    """Run the script in a process of its own; the value says how many rows it has copied."""
+    context = get_context("spawn")
+    copied = context.Value("q", 0)
+    ends = tuple(cells.connections[f"{cell}-postgres-admin"] for cell in (SOURCE, DESTINATION))
+    process = context.Process(target=_copy_plainly, args=(*ends, copied), daemon=True)
+    process.start()
+    try:
+        yield process, copied
+    finally:
+        process.kill()
+        process.join()
+
+
 @dataclass
 class Found:
     """What was felt, by circumstance and cell, of all runs, and how fast the copies were."""
@@ -291,7 +344,8 @@ def run(bench: Bench) -> Section:
     found = Found()
     for name in turning(CONTENDERS, bench.runs):
         _copying(bench, cells, found, name, idle_s, max(3.0, copy_s))
-    _cutting_over(bench, cells, found, idle_s)
+    for _ in range(bench.runs):
+        _cutting_over(bench, cells, found, idle_s)
     return _section(found)
 
 
@@ -313,21 +367,20 @@ def _copying(
         time.sleep(idle_s)
         ended = time.monotonic()
         found.add("idle", {cell: one.take() for cell, one in working.items()}, began, ended)
-        with moving(cells, "copy", migration) as (process, pipe):
-            since = _first_batch(cells, process)
-            _discard(working)
-            until = since + copy_s
-            while time.monotonic() < until and process.is_alive():
-                time.sleep(0.1)
-            now = time.monotonic()
-            felt = {cell: one.take() for cell, one in working.items()}
-            copied = _copied(cells)
-            with cells.context() as context:
-                paces = context.topology.paces(migration)
-            if pipe.poll():
-                _, now, trouble = pipe.recv()
-                if trouble:
-                    raise RuntimeError(trouble)
+        if name == PLAIN:
+            with copying_plainly(cells) as (process, rows):
+                felt, since, now, copied = _beside(
+                    process, working, copy_s, lambda: int(rows.value)
+                )
+        else:
+            with moving(cells, "copy", migration) as (process, pipe):
+                felt, since, now, copied = _beside(process, working, copy_s, lambda: _copied(cells))
+                if pipe.poll():
+                    _, now, trouble = pipe.recv()
+                    if trouble:
+                        raise RuntimeError(trouble)
+        with cells.context() as context:
+            paces = context.topology.paces(migration)
     found.add(name, felt, since, now)
     found.rates.setdefault(name, []).append(copied / (now - since))
     found.decisions += [
@@ -342,11 +395,25 @@ def _copying(
     )
 
 
-def _first_batch(cells: BenchCells, process: BaseProcess) -> float:
-    """Wait until rows arrive: what comes before is no copy. Return that moment."""
-    while process.is_alive() and not _copied(cells):
+def _beside(
+    process: BaseProcess,
+    working: Mapping[str, Neighbours],
+    copy_s: float,
+    count: Callable[[], int],
+) -> tuple[dict[str, list[Felt]], float, float, int]:
+    """Watch a copy for a while, or to its end.
+
+    Returns:
+        What the neighbours felt, from and to which moment, and how many rows were copied.
+    """
+    while process.is_alive() and not count():  # what comes before rows arrive is no copy
         time.sleep(0.05)
-    return time.monotonic()
+    since = time.monotonic()
+    _discard(working)
+    while time.monotonic() < since + copy_s and process.is_alive():
+        time.sleep(0.1)
+    now = time.monotonic()
+    return {cell: one.take() for cell, one in working.items()}, since, now, count()
 
 
 def _copied(cells: BenchCells) -> int:
@@ -457,7 +524,10 @@ def _why(found: Found, name: str) -> str:
         "; its own target is half as much again as an idle p95 and at least 2 ms more, and a p99"
         " follows"
     )
+    plain = found.times_idle(PLAIN, found.worse(PLAIN))
     return (
         f"{felt}: both servers, the mover and the clients share two cores, and a piece of the"
-        f" mover's work that has begun in a server is not taken back{own * (name == AUTOMATIC)}"
+        " mover's work that has begun in a server is not taken back; a plain COPY at"
+        f" {FIXED_ROWS_PER_S:,} rows/s, which does nothing else, costs them {plain:.2f} times idle"
+        f"{own * (name == AUTOMATIC)}"
     )
