@@ -260,7 +260,7 @@ def _copy_plainly(source: str, destination: str, copied: Synchronized[int]) -> N
             ) as outlet:
                 # One message is one row; the first has the header before it.
                 messages = (bytes(one).removeprefix(_HEADER) for one in outlet)
-                rows = itertools.takewhile(lambda one: one != _TRAILER, messages)
+                rows = filter(lambda one: one != _TRAILER, messages)
                 while some := list(itertools.islice(rows, BATCH_ROWS)):
                     with there.cursor().copy(
                         f"COPY {table} FROM STDIN (FORMAT binary)".encode()

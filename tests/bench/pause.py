@@ -33,6 +33,10 @@ WRITES_PER_S = 600
 FEW_PER_S = 60
 """Asked where the controller is to have the processors nearly to itself."""
 
+#: As long a time as counts at a flip, seconds.
+_SPAN_S = 2 * alternations.AROUND_FLIP_S
+BEFORE_S = 6.0
+
 _METHOD = """
 Writers in two processes of their own send transactions to four organizations of the sample
 application, 85% of them to the one that moves, in both of its stores (PostgreSQL and Valkey,
@@ -60,6 +64,7 @@ class Passed:
     Attributes:
         flips: cutovers and roll-backs, each with the write that waited longest around it.
         quiet: the longest wait in as long a time as counts at a flip, away from every flip.
+        before: the same, of the last `BEFORE_S` seconds before each flip.
         longest: of any write of it, at whatever time.
         retries: steps that had to be tried again.
         parts: of the barrier, for each flip.
@@ -71,6 +76,7 @@ class Passed:
 
     flips: Sequence[alternations.Flip]
     quiet: Sequence[float]
+    before: Sequence[float]
     longest: float
     retries: int
     parts: list[Mapping[str, float]]
@@ -221,9 +227,15 @@ def alternate(
     done = [one for one in writes if one.outcome is Outcome.ACKNOWLEDGED]
     took = max(one.wall + one.seconds for one in done) - min(one.wall for one in done)
     of_moved = [one for one in done if one.organization == moved.id]
+    away = _away_from([one.at for one in flips], of_moved)
     return Passed(
         flips=flips,
-        quiet=_away_from([one.at for one in flips], of_moved),
+        quiet=list(away.values()),
+        before=[
+            longest
+            for number, longest in away.items()
+            if any(0 < one.at - number * _SPAN_S < BEFORE_S for one in flips)
+        ],
         longest=max(one.seconds for one in writes if one.organization == moved.id),
         retries=retries,
         parts=[one["parts"] for one in passed],
@@ -234,16 +246,19 @@ def alternate(
     )
 
 
-def _away_from(flips: Sequence[float], writes: Sequence[Operation]) -> list[float]:
-    """Return the longest waits in spans as long as one around a flip, but away from all of them."""
-    span = 2 * alternations.AROUND_FLIP_S
-    near = {int((at + shift) / span) for at in flips for shift in (-span, 0, span)}
+def _away_from(flips: Sequence[float], writes: Sequence[Operation]) -> dict[int, float]:
+    """Return the longest waits in spans as long as one around a flip, but away from all of them.
+
+    By number: the first begins at the epoch.
+    """
+    near = {int((at + shift) / _SPAN_S) for at in flips for shift in (-_SPAN_S, 0, _SPAN_S)}
     longest: dict[int, float] = {}
     for one in writes:
-        for number in range(int(one.wall / span), int((one.wall + one.seconds) / span) + 1):
+        first, last = one.wall, one.wall + one.seconds
+        for number in range(int(first / _SPAN_S), int(last / _SPAN_S) + 1):
             if number not in near:
                 longest[number] = max(longest.get(number, 0.0), one.seconds)
-    return list(longest.values())
+    return longest
 
 
 def check(fleet: alternations.Fleet) -> Checked:

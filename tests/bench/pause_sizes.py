@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping
 
 from tests.bench.harness import POSTGRES, Bench, Section, Table, Target
-from tests.bench.pause import WRITES_PER_S, Passed, alternate, check, in_ms
+from tests.bench.pause import BEFORE_S, WRITES_PER_S, Passed, alternate, check, in_ms
 from tests.fault import alternations
 
 SIZES: Mapping[int, int] = {10_000: 6, 100_000: 5, 1_000_000: 3, 5_000_000: 1}
@@ -16,17 +16,23 @@ _METHOD = """
 Organizations of the sample application, of several sizes and together in one cell, beside four
 small ones. Each moves to the other cell and back, one after the other, under the same writers as in
 the section before, 85% of whose writes go to the one that moves. The largest moves there and back
-only once, for it takes minutes: its figures are those of two cutovers.
+only once, for it takes minutes: its figures are those of two cutovers. The last column is the
+longest wait of any write in as long a time shortly before each flip, when the copy has ended and
+only its last changes are brought: what the writers of an organization of that size wait for
+without a closed gate.
 """
 
 
-def _why(found: Mapping[int, Passed], closed: Mapping[int, float]) -> str:
+def _why(
+    found: Mapping[int, Passed], closed: Mapping[int, float], before: Mapping[int, float]
+) -> str:
     keys = [statistics.median(one.keys) for one in found.values()]
     return (
         "medians of few cutovers, on cores that writers and servers share; the gate is closed for"
         f" {min(closed.values()):.0f} to {max(closed.values()):.0f} ms, and the last delta has"
         f" {min(keys):.0f} to {max(keys):.0f} rows: what is written between the last round and the"
-        " lock"
+        f" lock. In the {BEFORE_S:.0f} s before, with the gate open, the same writers wait"
+        f" {min(before.values()):.0f} to {max(before.values()):.0f} ms"
     )
 
 
@@ -46,16 +52,20 @@ def run(bench: Bench) -> Section:
         rows: statistics.median(in_ms([parts["finish"] for parts in one.parts]))
         for rows, one in found.items()
     }
+    before = {
+        rows: statistics.median(in_ms(one.before or one.quiet)) for rows, one in found.items()
+    }
     return Section(
         "Write pause against size",
         _METHOD,
         [
             Table(
                 ("rows", "cutovers", "p50 ms", "longest ms", "gate closed, p50 ms",
-                 "of which finish, p50 ms", "rows in the last delta, p50"),
+                 "of which finish, p50 ms", "rows in the last delta, p50",
+                 "shortly before, p50 ms"),
                 [
                     (rows, len(one.all), seen[rows], max(in_ms(one.all)), closed[rows],
-                     finish[rows], statistics.median(one.keys))
+                     finish[rows], statistics.median(one.keys), before[rows])
                     for rows, one in found.items()
                 ],
                 "as writers and controller saw it",
@@ -66,7 +76,7 @@ def run(bench: Bench) -> Section:
                 "write pause of the slowest size against the fastest",
                 1.5,
                 max(seen.values()) / min(seen.values()),
-                why=_why(found, closed),
+                why=_why(found, closed, before),
             ),
         ],
         [

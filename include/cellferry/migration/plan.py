@@ -125,18 +125,18 @@ def plan(
     blockers: list[Blocker] = []
     progress = StepProgress(context, found.slug, 0, 0)
     for kind, store in context.stores.items():
-        unprepared = [*store.check_cell(move.source), *store.check_cell(move.destination)]
-        blockers.extend(unprepared)
         try:
             with store.open(move, _Nothing(), progress) as opened:
                 inventories[kind] = opened.inventory()
                 if opened.asks_early:
                     smoke_queries.rehearse(context, kind, opened, queries)
+                blockers.extend(inventories[kind].blockers)
         except (AccessDenied, NotPrepared):
+            # What is not prepared cannot be counted; the blockers say what to do.
+            unprepared = [*store.check_cell(move.source), *store.check_cell(move.destination)]
             if not any(blocker.fatal for blocker in unprepared):
                 raise
-            continue  # what is not prepared cannot be counted; the blockers say what to do
-        blockers.extend(inventories[kind].blockers)
+            blockers.extend(unprepared)
     rates = measured_rates(topology, context.settings.store_kinds)
     strategy, reason = choose_strategy(options, inventories, rates)
     report = Plan(
