@@ -6,7 +6,7 @@ library. Airflow itself is not imported here: this module is part of its import.
 
 Everywhere it lets Python look for garbage less often. Cycles are few, and what is imported stays:
 with the usual threshold of 700 objects the looking takes 4 % of a task's processor time, and more
-of the API server's. Up to so many objects in cycles, some megabytes, wait meanwhile.
+of the API server's. Cycles wait longer meanwhile, in some megabytes.
 """
 
 from __future__ import annotations

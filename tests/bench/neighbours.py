@@ -44,7 +44,7 @@ WARM_UP_S = 2.0
 COPY_S = 12.0
 AROUND_CUTOVER_S = 1.0
 FIXED_ROWS_PER_S = 5_000
-BATCH_ROWS = 1_000
+PIECE_ROWS = 100
 NICE = 10
 LIMIT = 1.3
 CLOSE_TO_IDLE = 1.15
@@ -56,7 +56,7 @@ CONTENDERS: Mapping[str, Mapping[str, Any]] = {
     AUTOMATIC: {"latency_target_ms": 0},
     CLOSE: {},
     "no throttle": {},
-    FIXED: {"rows_per_s": FIXED_ROWS_PER_S, "batch_rows": BATCH_ROWS},
+    FIXED: {"rows_per_s": FIXED_ROWS_PER_S},
     PLAIN: {},
 }
 """The options of each. The first finds its target by itself, and what it found idle makes the close
@@ -69,14 +69,13 @@ Other organizations of both cells (49 at the source, 20 at the destination) do {
 transactions a second at each cell, open loop: two reads by index, a one-row UPDATE and an INSERT
 through the gates, a durable commit; what one took counts from when it was due. They work alone,
 then beside the copy of the large organization, for {COPY_S:.0f} s or until it ends, several times
-in turn: without a throttle, with {FIXED_ROWS_PER_S:,} rows/s in batches of {BATCH_ROWS:,}, and with
-the latency-driven controller: once with the target that it finds by itself (half as much again as
-an idle cell's p95, and at least 2 ms more), once with a close one, {CLOSE_TO_IDLE:g} times the idle
-p95. *Plain COPY* is the limit: a script that reads with one COPY and writes with others, in binary,
-at the same fixed rate and in as large transactions, and does nothing else. In production the mover
-runs on another machine; here it shares two cores with both servers and with the neighbours'
-clients, and runs at nice {NICE}, while the servers' own processes that work for it run as all
-others do.
+in turn: without a throttle, with {FIXED_ROWS_PER_S:,} rows/s, and with the latency-driven
+controller: once with the target that it finds by itself (half as much again as an idle cell's p95,
+and at least 2 ms more), once with a close one, {CLOSE_TO_IDLE:g} times the idle p95. *Plain COPY*
+is the limit: a script that reads with one COPY and writes with others, in binary, at the same fixed
+rate, {PIECE_ROWS} rows in each transaction, and does nothing else. In production the mover runs on
+another machine; here it shares two cores with both servers and with the neighbours' clients, and
+runs at nice {NICE}, while the servers' own processes that work for it run as all others do.
 """
 
 
@@ -261,7 +260,7 @@ def _copy_plainly(source: str, destination: str, copied: Synchronized[int]) -> N
                 # One message is one row; the first has the header before it.
                 messages = (bytes(one).removeprefix(_HEADER) for one in outlet)
                 rows = filter(lambda one: one != _TRAILER, messages)
-                while some := list(itertools.islice(rows, BATCH_ROWS)):
+                while some := list(itertools.islice(rows, PIECE_ROWS)):
                     with there.cursor().copy(
                         f"COPY {table} FROM STDIN (FORMAT binary)".encode()
                     ) as inlet:

@@ -242,6 +242,18 @@ BLOCKERS: dict[str, tuple[dict[str, Callable[[TwoCells, str], None]], tuple[str,
         {"cell-2": remove_preparation},
         ("cell-2/postgres: missing: schema cellferry", "cellferry prepare-cell cell-2"),
     ),
+    "a table without a gate that the destination alone has": (
+        {
+            "cell-2": execute(
+                "CREATE TABLE late"
+                " (id int PRIMARY KEY, organization_id bigint NOT NULL REFERENCES organizations)"
+            )
+        },
+        (
+            "cell-2/postgres: missing: trigger zz_cellferry_gate on public.late",
+            "cellferry prepare-cell cell-2",
+        ),
+    ),
     "a missing column": (
         {"cell-2": execute("ALTER TABLE issues DROP COLUMN counter")},
         (

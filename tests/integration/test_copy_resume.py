@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from cellferry.errors import LeaseLost, PermanentError
-from cellferry.model import Endpoint, Limits, Move, Side
+from cellferry.model import Endpoint, Limits, Move, Side, Throttle
+from cellferry.stores import throttle
 from cellferry.stores.postgres import copier
+from cellferry.stores.postgres.checkpoints import Checkpoint
 from cellferry.stores.postgres.store import PostgresStore
 from fixtures.ferry import Ferry, Quiet, Registry, make_ferry
 from fixtures.patience import be_patient
@@ -102,8 +104,6 @@ def test_an_old_statement_is_begun_anew(ferry: Ferry, monkeypatch: pytest.Monkey
 
 
 def test_a_throttled_copy_keeps_its_rate(ferry: Ferry) -> None:
-    from cellferry.model import Throttle
-
     throttled = small_batches(ferry, throttle=Throttle(rows_per_s=2000))
     started = time.monotonic()
     with ferry.opened(throttled) as move:
@@ -111,6 +111,31 @@ def test_a_throttled_copy_keeps_its_rate(ferry: Ferry) -> None:
         copied = move.copy()
 
     assert copied.count / (time.monotonic() - started) < 2300
+
+
+def test_a_slow_copy_never_has_the_server_write_many_rows_in_one_go(
+    ferry: Ferry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neighbours wait for the longest piece of work, not for how many there are."""
+    taken: list[float] = []
+    batches: list[int] = []
+    committed = copier._Account.committed
+
+    def note(account: Any, table: Any, before: Checkpoint, after: Checkpoint) -> None:
+        batches.append(after.rows - before.rows)
+        committed(account, table, before, after)
+
+    monkeypatch.setattr(copier._Account, "committed", note)
+    monkeypatch.setattr(throttle.Throttle, "take", lambda _self, n, *_: taken.append(n) or 0.0)
+    slow = ferry.move(throttle=Throttle(rows_per_s=400))
+    with ferry.opened(slow) as move:
+        move.open_capture()
+        copied = move.copy()
+        assert move.verify().ok
+
+    assert sum(taken) == copied.count
+    assert max(taken) == copier.LEAST_PIECE_ROWS
+    assert max(batches) == 400
 
 
 def test_a_newer_attempt_stops_an_older_copy(ferry: Ferry) -> None:
@@ -124,9 +149,15 @@ def test_a_newer_attempt_stops_an_older_copy(ferry: Ferry) -> None:
     assert ferry.content(Side.DESTINATION, 1)["projects"] == []
 
 
+@pytest.mark.parametrize("in_pieces", [False, True])
 def test_a_unique_value_that_moves_between_batches_is_no_collision(
-    ferry: Ferry, monkeypatch: pytest.MonkeyPatch
+    ferry: Ferry, monkeypatch: pytest.MonkeyPatch, in_pieces: bool
 ) -> None:
+    rate = None
+    if in_pieces:
+        monkeypatch.setattr(copier, "PIECE_ROWS", 2)
+        monkeypatch.setattr(copier, "LEAST_PIECE_ROWS", 2)
+        rate = 1_000_000
     # project 2 is copied with its name; then project 40 takes the name over, before its batch
     swapped: list[bool] = []
 
@@ -145,7 +176,8 @@ def test_a_unique_value_that_moves_between_batches_is_no_collision(
     ferry.run(Side.SOURCE, "DELETE FROM events; DELETE FROM issues WHERE id > 50")
     monkeypatch.setattr(copier, "STRETCH_S", 0.0)
     ferry.progress.on_check = swap
-    with ferry.opened(ferry.move(limits=Limits(batch_rows=5))) as move:
+    limits, pieces = Limits(batch_rows=5), Throttle(rows_per_s=rate)
+    with ferry.opened(ferry.move(limits=limits, throttle=pieces)) as move:
         move.open_capture()
         move.copy()
         assert swapped

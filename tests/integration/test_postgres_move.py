@@ -15,7 +15,8 @@ import psycopg
 import pytest
 
 from cellferry.errors import DrainTimeout, TransientError, VerificationFailed
-from cellferry.model import Finished, Side, Strategy
+from cellferry.model import Finished, Side, Strategy, Throttle
+from cellferry.stores import throttle
 from cellferry.stores.base import StoreMove
 from cellferry.stores.postgres import rounds
 from cellferry.stores.postgres.references import ReferencedRows
@@ -216,6 +217,27 @@ def test_freeze_first_moves_everything_under_the_gate(ferry: Ferry) -> None:
 
     assert stored(ferry, Side.DESTINATION) == traffic.titles()
     assert finished.evidence["hashes"]["public.issues"]["count"] >= 1000
+
+
+def test_under_the_gate_nobody_waits_for_a_rate(
+    ferry: Ferry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: set[float | None] = set()
+    take = throttle.Throttle.take
+
+    def note(self: throttle.Throttle, *arguments: Any) -> float:
+        rates.add(self.per_second)
+        return take(self, *arguments)
+
+    monkeypatch.setattr(throttle.Throttle, "take", note)
+    slow = ferry.move(strategy=Strategy.FREEZE_FIRST, throttle=Throttle(rows_per_s=100_000))
+    with ferry.opened(slow) as move:
+        move.open_capture()
+        move.freeze(60.0)
+        move.finish()
+        move.thaw()
+
+    assert rates == {None}
 
 
 def work_on(ferry: Ferry) -> None:

@@ -81,6 +81,129 @@ def test_every_row_arrives_once(
     assert differing == (0,)
 
 
+@pytest.mark.parametrize("binary", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "rests"), [(0, []), (1, []), (100, [100]), (250, [100, 100]), (300, [100] * 3)]
+)
+def test_a_slow_copy_comes_in_copies_of_few_rows_and_rests_between_them(
+    connection: psycopg.Connection[Any],
+    fresh_database: str,
+    rows: int,
+    rests: list[int],
+    binary: bool,
+) -> None:
+    fill(connection, rows)
+    connection.execute("CREATE TABLE public.copied (LIKE public.parcels INCLUDING ALL)")
+    wire = Wire(TABLE, binary)
+    told: list[int] = []
+    written: list[int] = []
+    with psycopg.connect(fresh_database) as other:
+
+        def rest(count: int) -> None:
+            told.append(count)
+            (here,) = other.execute("SELECT count(*) FROM public.copied").fetchone() or (0,)
+            written.append(here)
+
+        target = sql.Identifier("public", "copied")
+        with (
+            connection.cursor() as cursor,
+            cursor.copy(wire.out(body())) as stream,
+            Inlet(other, wire, target, at_once=100, rest=rest) as inlet,
+        ):
+            assert not inlet.fill(Outlet(wire, stream).rows)
+    assert told == rests
+    assert written == [100 * number for number in range(1, len(rests) + 1)]
+    assert (inlet.rows, inlet.told) == (rows, sum(rests))
+    differing = connection.execute(
+        "SELECT count(*) FROM public.parcels AS a FULL JOIN public.copied AS b USING (id)"
+        " WHERE a IS DISTINCT FROM b"
+    ).fetchone()
+    assert differing == (0,)
+
+
+def test_whoever_is_told_to_end_between_two_copies_can_roll_back(
+    connection: psycopg.Connection[Any], fresh_database: str
+) -> None:
+    fill(connection, 250)
+    connection.execute("CREATE TABLE public.copied (LIKE public.parcels INCLUDING ALL)")
+
+    def interrupted(_rows: int) -> None:
+        raise KeyboardInterrupt
+
+    with psycopg.connect(fresh_database) as other:
+        target = sql.Identifier("public", "copied")
+        with (
+            connection.cursor() as cursor,
+            pytest.raises(KeyboardInterrupt),
+            cursor.copy(Wire(TABLE).out(body())) as stream,
+            Inlet(other, Wire(TABLE), target, at_once=100, rest=interrupted) as inlet,
+        ):
+            inlet.fill(Outlet(Wire(TABLE), stream).rows)
+        assert not other.lock.locked()
+        other.rollback()
+        assert other.execute("SELECT count(*) FROM public.copied").fetchone() == (0,)
+
+
+class _Interrupted:
+    """A COPY's context at whose beginning or end this process is told to end, once."""
+
+    def __init__(self, context: Any, where: str) -> None:
+        self._context, self._where = context, where
+
+    def __enter__(self) -> Any:
+        copy = self._context.__enter__()
+        self._interrupt("begins")
+        return copy
+
+    def __exit__(self, *error: object) -> bool | None:
+        self._interrupt("ends")
+        found: bool | None = self._context.__exit__(*error)
+        return found
+
+    def _interrupt(self, now: str) -> None:
+        if self._where == now:
+            self._where = ""
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("which", [1, 2])
+@pytest.mark.parametrize("where", ["begins", "ends"])
+def test_whoever_is_told_to_end_where_a_copy_begins_or_ends_can_roll_back(
+    connection: psycopg.Connection[Any], fresh_database: str, where: str, which: int
+) -> None:
+    """A COPY that stayed open would hold the session's lock, and its roll-back wait for ever."""
+    fill(connection, 250)
+    connection.execute("CREATE TABLE public.copied (LIKE public.parcels INCLUDING ALL)")
+    begun: list[Any] = []
+
+    class Cursor:
+        """Gives the contexts of the copies, one of which is interrupted."""
+
+        def __init__(self, cursor: psycopg.Cursor[Any]) -> None:
+            self._cursor = cursor
+            self.close = cursor.close
+
+        def copy(self, statement: sql.Composed) -> Any:
+            begun.append(None)
+            context = self._cursor.copy(statement)
+            return _Interrupted(context, where) if len(begun) == which else context
+
+    with psycopg.connect(fresh_database) as other:
+        inlet = Inlet(other, Wire(TABLE), sql.Identifier("public", "copied"), at_once=100)
+        inlet._cursor = Cursor(inlet._cursor)  # type: ignore[assignment]
+        with (
+            connection.cursor() as cursor,
+            pytest.raises(KeyboardInterrupt),
+            cursor.copy(Wire(TABLE).out(body())) as stream,
+            inlet,
+        ):
+            inlet.fill(Outlet(Wire(TABLE), stream).rows)
+        assert len(begun) == which
+        assert not other.lock.locked()
+        other.rollback()
+        assert other.execute("SELECT count(*) FROM public.copied").fetchone() == (0,)
+
+
 @pytest.mark.parametrize("at", [1, 2, MANY // 2, MANY])
 @pytest.mark.parametrize("binary", [True, False])
 def test_a_server_that_fails_amid_its_rows_is_heard(

@@ -1,11 +1,13 @@
 """The token bucket of the mover."""
 
+import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 
 from cellferry.stores import throttle as module
+from cellferry.stores.pace import Pace
 from cellferry.stores.throttle import Throttle
 
 
@@ -23,6 +25,26 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_without_a_rate_nothing_waits() -> None:
     assert Throttle(None).take(10**9) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("share", "rate", "piece"),
+    [
+        (1.0, None, sys.maxsize),
+        (0.5, None, 500),
+        (0.01, None, 100),
+        (1.0, 500.0, 100),
+        (1.0, 10_000.0, 200),
+        (1.0, 1_000_000.0, 1_000),
+        (0.05, 10_000.0, 100),
+    ],
+)
+def test_who_shall_be_slow_works_in_small_pieces(
+    share: float, rate: float | None, piece: int
+) -> None:
+    pace = Pace()
+    pace.share = share
+    assert Throttle(rate, pace=pace).piece(1_000, 100) == piece
 
 
 def test_the_long_run_rate_is_kept() -> None:

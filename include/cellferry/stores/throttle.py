@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,8 +14,8 @@ class Throttle:
     """Lets at most `per_second` units through each second; None lets everything through.
 
     The bucket may go into debt: a batch that is larger than a second's allowance passes, and the
-    next one waits until the debt is paid. So a batch is never split and the long-run rate is exact.
-    Safe to share by threads.
+    next one waits until the debt is paid. So what is taken is never split, and the long-run rate is
+    exact. Safe to share by threads.
 
     Args:
         per_second: units (rows, keys) a second, or None.
@@ -24,6 +25,8 @@ class Throttle:
 
     #: Longest single sleep in seconds, so that a stop is noticed while a debt is paid.
     SLICE_S = 0.25
+    #: At a fixed rate work is cut into pieces of this length, in seconds.
+    PIECE_S = 0.02
 
     def __init__(
         self, per_second: float | None, *, burst_s: float = 0.1, pace: Pace = FULL_SPEED
@@ -36,6 +39,22 @@ class Throttle:
         self._lock = threading.Lock()
         #: When the bucket's debt is paid, on the monotonic clock.
         self._free_at = time.monotonic()
+
+    def piece(self, full: int, least: int) -> int:
+        """Return how much may be done in one go; `sys.maxsize` where nothing asks to be slow.
+
+        At a fixed rate it is what the rate lets through in `PIECE_S`, between the two.
+
+        Args:
+            full: of work at nearly full speed.
+            least: of the slowest work; less would only cost more.
+        """
+        pieces = []
+        if self.pace.share < 1.0:
+            pieces.append(self.pace.size(full, least))
+        if self.per_second is not None:
+            pieces.append(max(least, min(full, int(self.per_second * self.PIECE_S))))
+        return min(pieces, default=sys.maxsize)
 
     def take(self, n: float, while_waiting: Callable[[], None] | None = None) -> float:
         """Take `n` units, sleeping first while the bucket is in debt; return the seconds slept.

@@ -48,6 +48,13 @@ LOOK_EVERY_S = 2.0
 LEAST_ROWS = 1_000
 LEAST_BYTES = 256 * 1024
 
+#: A batch at a fixed rate takes about this long (seconds), or is the least piece.
+LONGEST_BATCH_S = 1.0
+
+#: Rows that a slow copy has the server write in one go, at most and at the slowest pace.
+PIECE_ROWS = 1_000
+LEAST_PIECE_ROWS = 100
+
 #: A lane is worth its connections if so many rows can be copied beside those of the largest table:
 #: they take about as long as ten times connecting, at 150,000 rows a second.
 LANE_ROWS = 50_000
@@ -287,7 +294,7 @@ class _TableCopier:
                 mark = self._stretch(table, mark)
             if resumed:
                 # An attempt that was killed may have sent up to one batch that was not committed.
-                self._teller.recopied(min(mark.rows - before.rows, self._move.limits.batch_rows))
+                self._teller.recopied(min(mark.rows - before.rows, self._most_rows()))
                 resumed = False
 
     def _stretch(self, table: Table, mark: Checkpoint) -> Checkpoint:
@@ -313,7 +320,13 @@ class _TableCopier:
         self._teller.check()
         self._check_room()
         max_rows, max_bytes = self._bounds()
-        inlet = Inlet(self._destination, wire, pace=self._throttle.pace)
+        inlet = Inlet(
+            self._destination,
+            wire,
+            pace=self._throttle.pace,
+            at_once=self._throttle.piece(PIECE_ROWS, LEAST_PIECE_ROWS),
+            rest=self._rest,
+        )
         try:
             with write(self._destination, self._move):
                 with inlet:
@@ -332,7 +345,7 @@ class _TableCopier:
             if inlet.last is None:
                 raise
             raise _Conflict(mark, outlet.key(self._destination, inlet.last)) from error
-        self._committed(table, mark, new)
+        self._committed(table, mark, new, paid=inlet.told)
         return new
 
     def _careful_batch(self, table: Table, mark: Checkpoint, end: Key | None) -> Checkpoint:
@@ -390,11 +403,18 @@ class _TableCopier:
 
     def _bounds(self) -> tuple[int, int]:
         """Return rows and bytes of one batch: it takes no longer at a slow pace."""
-        limits, pace = self._move.limits, self._throttle.pace
+        pace = self._throttle.pace
         return (
-            pace.size(limits.batch_rows, LEAST_ROWS),
-            pace.size(limits.batch_bytes, LEAST_BYTES),
+            pace.size(self._most_rows(), LEAST_ROWS),
+            pace.size(self._move.limits.batch_bytes, LEAST_BYTES),
         )
+
+    def _most_rows(self) -> int:
+        """Return the rows of one batch at full speed, or at the rate that was asked for."""
+        rows, rate = self._move.limits.batch_rows, self._throttle.per_second
+        if rate is None:
+            return rows
+        return min(rows, max(LEAST_PIECE_ROWS, int(rate * LONGEST_BATCH_S)))
 
     def _check_room(self) -> None:
         """Stop before the destination's database passes its cell's `capacity_bytes`."""
@@ -413,9 +433,14 @@ class _TableCopier:
                 where=f"{self._move.destination.name}/postgres",
             )
 
-    def _committed(self, table: Table, before: Checkpoint, after: Checkpoint) -> None:
+    def _committed(
+        self, table: Table, before: Checkpoint, after: Checkpoint, *, paid: int = 0
+    ) -> None:
         self._teller.committed(table, before, after)
-        self._throttle.take(after.rows - before.rows, self._teller.check)
+        self._rest(after.rows - before.rows - paid)
+
+    def _rest(self, rows: int) -> None:
+        self._throttle.take(rows, self._teller.check)
 
     def _body(self, table: Table, after: Key | None, up_to: Key | None = None) -> sql.Composable:
         return sql.SQL("FROM {} AS t WHERE {} ORDER BY {}").format(

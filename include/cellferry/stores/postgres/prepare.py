@@ -427,7 +427,8 @@ def _marks_are_right(connection: Connection) -> bool:
     return connection.execute(_MARKS).fetchone() == (True,)
 
 
-#: NOT IN is one scan of pg_class, whatever the planner thinks of the number of gates.
+#: NOT IN is one scan of pg_class, which does not hang on what the planner thinks of the number of
+#: gates: it is hashed as long as the names fit `work_mem`.
 _MARKS = """
     SELECT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = 'cellferry.gate'::regclass
                    AND tgname = 'keep_marks' AND tgenabled = 'A')

@@ -593,7 +593,7 @@ class PostgresMove(StoreMove):
                 self._rounds().bring_left()
             return Round(0, 0, 0, 0.0) if freeze_first else self._round()
 
-    def _copier(self, connect: Connect | None = None) -> Copier:
+    def _copier(self, connect: Connect | None = None, throttle: Throttle | None = None) -> Copier:
         return Copier(
             self._source,
             self._destination,
@@ -601,7 +601,7 @@ class PostgresMove(StoreMove):
             self._wires,
             self.move,
             self._progress,
-            self._paced_throttle(),
+            throttle or self._paced_throttle(),
             connect,
         )
 
@@ -741,7 +741,8 @@ class PostgresMove(StoreMove):
                 )
 
             if self.move.strategy is Strategy.FREEZE_FIRST:
-                copied = self._copier().run()  # no new connections under the gate
+                # No new connections under the gate, and no rests: writers wait.
+                copied = self._copier(throttle=Throttle(None)).run()
                 evidence["copied"] = copied.count
             _, applied = self._rounds().run_last(before_commit)
             compared = applied.compared

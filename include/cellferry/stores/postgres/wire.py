@@ -9,7 +9,7 @@ and the row itself come from one statement and cannot disagree.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -202,17 +202,28 @@ def _binary_rows(stream: psycopg.Copy) -> Iterator[Buffer]:
     raise psycopg.DataError("the COPY ended without its trailer")
 
 
+def _go_on(_rows: int) -> None:
+    """Rest not at all."""
+
+
 class Inlet:
     """The receiving end: collects rows into pieces and counts them.
 
     Use as a context manager around the rows of one batch; an exception inside cancels the COPY.
 
+    A server keeps what a COPY brings until it has a thousand rows or 64 KiB, and writes those at
+    once. So slow work is cut into several COPYs of few rows: what others wait for is the longest
+    piece that a server does in one go, not how many there are.
+
     Args:
-        pace: rests after each piece.
+        pace: rests after each piece of a COPY.
+        at_once: rows of one COPY.
+        rest: called between two COPYs with the number of rows since it was called last.
 
     Attributes:
         rows, bytes: how much was sent.
         last: the last row that was handed on, even if sending it failed.
+        told: rows that `rest` was told of.
     """
 
     def __init__(
@@ -222,27 +233,47 @@ class Inlet:
         target: sql.Composable | None = None,
         *,
         pace: Pace = FULL_SPEED,
+        at_once: int = sys.maxsize,
+        rest: Callable[[int], None] = _go_on,
     ) -> None:
         self._pace = pace
         self._piece_bytes = pace.size(PIECE_BYTES, SHORT_PIECE_BYTES)
+        self._at_once = at_once
+        self._rest = rest
         self._cursor = connection.cursor()
-        self._context = self._cursor.copy(wire.into(target))
+        self._statement = wire.into(target)
         self._wire = wire
         self._rows: list[Buffer] = []
         self._size = 0
-        self._head = BINARY_HEADER if wire.binary else b""
         self.rows = 0
         self.bytes = 0
         self.last: Buffer | None = None
+        self.told = 0
 
     def __enter__(self) -> Self:
-        self._copy = self._context.__enter__()
+        self._context = self._cursor.copy(self._statement)
+        try:
+            self._begin()
+        except BaseException:
+            self.__exit__(*sys.exc_info())
+            raise
         return self
 
     def fill(
         self, rows: Iterator[Buffer], max_rows: int = sys.maxsize, max_bytes: int = sys.maxsize
     ) -> bool:
         """Send of `rows` until so many are sent; return False when they came to their end."""
+        while True:
+            more = self._fill(rows, min(max_rows, self.told + self._at_once), max_bytes)
+            if not more or self.rows >= max_rows or self.bytes >= max_bytes:
+                return more
+            self._end()
+            since, self.told = self.told, self.rows
+            self._rest(self.rows - since)
+            self._context = self._cursor.copy(self._statement)
+            self._begin()
+
+    def _fill(self, rows: Iterator[Buffer], max_rows: int, max_bytes: int) -> bool:
         left = max_rows - self.rows
         size, limit = 0, min(self._piece_bytes, max_bytes - self.bytes)
         keep = self._rows.append
@@ -259,6 +290,16 @@ class Inlet:
         self._size = size
         self._flush()
         return self.rows >= max_rows
+
+    def _begin(self) -> None:
+        # The context is known before it is entered: a COPY that stays open keeps its session for
+        # ever, and whoever is told to end may be so at any line.
+        self._copy = self._context.__enter__()
+        self._head = BINARY_HEADER if self._wire.binary else b""
+
+    def _end(self) -> None:
+        self._flush(BINARY_TRAILER if self._wire.binary else b"")
+        self._context.__exit__(None, None, None)
 
     def _flush(self, tail: bytes = b"") -> None:
         if self._rows:
@@ -278,12 +319,13 @@ class Inlet:
         try:
             if kind is None:
                 try:
-                    self._flush(BINARY_TRAILER if self._wire.binary else b"")
+                    self._end()
                 except BaseException:
                     # or the COPY stays open, and whoever uses the session next waits for ever
                     self._context.__exit__(*sys.exc_info())
                     raise
-            self._context.__exit__(kind, error, trace)
+            else:
+                self._context.__exit__(kind, error, trace)  # harmless where it has ended
         finally:
             self._cursor.close()
 
