@@ -279,7 +279,8 @@ class Place:
         for run in runs:
             self.api._send("DELETE", f"/api/v2/dags/{CLEAN_UP}/dagRuns/{run}")
         url = settings.from_environment()(self.fleet.layout.settings().topology.connection)
-        with psycopg.connect(url or "") as connection:
+        assert url is not None
+        with psycopg.connect(url) as connection:
             connection.execute(
                 "UPDATE topology.migration SET ttl_until = now() WHERE id = ANY(%s)",
                 (list(migrations),),

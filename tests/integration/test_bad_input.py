@@ -254,6 +254,10 @@ BLOCKERS: dict[str, tuple[dict[str, Callable[[TwoCells, str], None]], tuple[str,
             "cellferry prepare-cell cell-2",
         ),
     ),
+    "a missing table that the data map's file names": (
+        {"cell-2": execute("DROP TABLE plans")},
+        ("cell-2/postgres public.plans: the table is missing in cell-2",),
+    ),
     "a missing column": (
         {"cell-2": execute("ALTER TABLE issues DROP COLUMN counter")},
         (

@@ -70,8 +70,8 @@ def around(kind: str, verb: str, wrapper: Callable[[Callable[..., Any]], Any]) -
             opened = store.open
 
             @contextmanager
-            def open_wrapped(*arguments: Any) -> Iterator[Any]:
-                with opened(*arguments) as move:
+            def open_wrapped(*arguments: Any, **options: Any) -> Iterator[Any]:
+                with opened(*arguments, **options) as move:
                     real: Callable[..., Any] = getattr(move, verb)
                     setattr(move, verb, lambda *args: wrapper(lambda: real(*args)))
                     yield move

@@ -190,8 +190,8 @@ def store_that_fails(kind: str, verb: str, *, after: bool, error: BaseException)
             pending = [error]
 
             @contextmanager
-            def open_faulty(*arguments: Any) -> Iterator[Any]:
-                with opened(*arguments) as move:
+            def open_faulty(*arguments: Any, **options: Any) -> Iterator[Any]:
+                with opened(*arguments, **options) as move:
                     real: Callable[..., Any] = getattr(move, verb)
 
                     def faulty(*arguments: Any) -> Any:
@@ -376,8 +376,8 @@ def test_a_second_controller_takes_over_and_the_first_can_do_no_more(
             opened = store.open
 
             @contextmanager
-            def open_sleepy(*arguments: Any) -> Iterator[Any]:
-                with opened(*arguments) as move:
+            def open_sleepy(*arguments: Any, **options: Any) -> Iterator[Any]:
+                with opened(*arguments, **options) as move:
                     real = move.freeze
 
                     def freeze(deadline_s: float) -> None:

@@ -9,6 +9,7 @@ import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import redis
@@ -227,6 +228,28 @@ def test_freeze_first_copies_and_verifies_under_the_gate(pair: ValkeyPair) -> No
         redis_move.hand_over()
     assert finished.compared == len(contents(pair.source, KEYS))
     assert contents(pair.destination, KEYS) == contents(pair.source, KEYS)
+
+
+def test_under_the_gate_nobody_waits_for_a_rate(
+    pair: ValkeyPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with admin(pair.source) as client:
+        fill(client, keys=50)
+    rates: set[float | None] = set()
+    take = throttle.Throttle.take
+
+    def note(self: throttle.Throttle, *arguments: Any, **named: Any) -> float:
+        rates.add(self.per_second)
+        return take(self, *arguments, **named)
+
+    monkeypatch.setattr(throttle.Throttle, "take", note)
+    slow = Throttle(keys_per_s=100_000)
+    with attempt(pair, strategy=Strategy.FREEZE_FIRST, throttle=slow) as redis_move:
+        redis_move.open_capture()
+        redis_move.freeze(60.0)
+        redis_move.finish()
+        redis_move.hand_over()
+    assert rates == {None}
 
 
 @pytest.mark.skipif(shutil.which("redis-server") is None, reason="no second engine here")

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -884,6 +885,29 @@ def test_a_cutover_does_not_begin_while_a_roll_back_could_not_write_at_the_old_c
                 steps.cutover(context, migration)
             assert cells.migration(migration).state is State.READY
             assert touch(cells, "cell-1") is None
+
+
+@pytest.mark.parametrize("step", ["cutover", "roll_back"])
+def test_an_old_cell_whose_gate_is_switched_off_stops_a_cutover_and_a_roll_back(
+    cells: TwoCells, acme: Organization, step: str
+) -> None:
+    """Without its trigger writes there are neither logged nor refused."""
+    migration = cells.plan(acme)
+    with cells.context() as context:
+        for ready in (steps.copy, steps.sync, steps.verify):
+            ready(context, migration)
+        if step == "roll_back":
+            steps.cutover(context, migration)
+        with cells.admin("cell-1") as connection:
+            connection.execute("ALTER TABLE issues DISABLE TRIGGER zz_cellferry_gate")
+        refused = {
+            "cutover": partial(steps.cutover, context, migration),
+            "roll_back": partial(steps.roll_back, context, migration, "test"),
+        }
+        with pytest.raises(Blocked, match=r"trigger zz_cellferry_gate on public\.issues"):
+            refused[step]()
+    expected = State.READY if step == "cutover" else State.SOAKING
+    assert cells.migration(migration).state is expected
 
 
 @pytest.mark.parametrize("one_way", [False, True])

@@ -69,6 +69,7 @@ class Context:
     """Whether nobody tries again when a step fails, even if that might help."""
     until: float | None = None
     """When a step must stop between two batches (`time.monotonic`), for another run to go on."""
+    _open: ExitStack = field(default_factory=ExitStack, init=False, repr=False)
 
     @classmethod
     def from_settings(
@@ -97,7 +98,11 @@ class Context:
         )
 
     def __enter__(self) -> Self:
-        self.topology.__enter__()
+        with ExitStack() as stack:
+            stack.enter_context(self.topology)
+            for store in self.stores.values():
+                stack.enter_context(store.keeping_sessions())
+            self._open = stack.pop_all()
         return self
 
     def __exit__(
@@ -106,7 +111,7 @@ class Context:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.topology.__exit__(kind, error, trace)
+        self._open.__exit__(kind, error, trace)
 
     def move(self, migration: Migration, attempt: int, *, returning: bool = False) -> Move:
         """Return the move that `attempt` at `migration` makes; `returning` is the way back."""
@@ -274,7 +279,8 @@ def attempt(
         stoppable: False for steps that must work while the migration is paused or halted.
         returning: for steps after the flip that go from the new cell to the old one.
         taken: told the attempt's number, for who has to know it even if a cell does not answer.
-        paced: go slowly where a cell is slow. Never for a step that freezes anything.
+        paced: go slowly where a cell is slow, and with the sessions of the step before. Never for a
+            step that freezes anything.
 
     Raises:
         WrongState: the migration's state is not in `allowed`.
@@ -304,7 +310,7 @@ def attempt(
                 Pacing(topology, context.stores, move, step, progress, target_ms if paced else None)
             )
             for kind, store in context.stores.items():
-                opened = store.open(move, resources, progress, pacing.pace(kind))
+                opened = store.open(move, resources, progress, pacing.pace(kind), continues=paced)
                 moves[kind] = stack.enter_context(opened)
                 moves[kind].fence()
             # Whoever slept before its fence, while another ended the migration, does no more. What

@@ -125,8 +125,6 @@ def plan(
     blockers: list[Blocker] = []
     progress = StepProgress(context, found.slug, 0, 0)
     for kind, store in context.stores.items():
-        # The destination may have tables that the source, which the inventory goes by, has not.
-        unprepared = list(store.check_cell(move.destination))
         try:
             with store.open(move, _Nothing(), progress) as opened:
                 inventories[kind] = opened.inventory()
@@ -135,10 +133,10 @@ def plan(
                     smoke_queries.rehearse(context, kind, opened, queries)
         except (AccessDenied, NotPrepared):
             # What is not prepared cannot be counted; the blockers say what to do.
-            unprepared = [*store.check_cell(move.source), *unprepared]
+            unprepared = [*store.check_cell(move.source), *store.check_cell(move.destination)]
             if not any(blocker.fatal for blocker in unprepared):
                 raise
-        blockers.extend(unprepared)
+            blockers.extend(unprepared)
     rates = measured_rates(topology, context.settings.store_kinds)
     strategy, reason = choose_strategy(options, inventories, rates)
     report = Plan(

@@ -126,8 +126,8 @@ def migrate_organizations_params() -> dict[str, Param]:
             minimum=100,
             maximum=500_000,
             title="Rows in a batch",
-            description="Rows copied in one transaction; with rows_per_s at most those of a "
-            "second. A killed copy repeats at most one batch of each stream.",
+            description="Rows copied in one transaction; with rows_per_s about those of a "
+            "second, at least 100. A killed copy repeats at most one batch of each stream.",
             section=SPEED,
         ),
         "copy_lanes": Param(

@@ -25,8 +25,8 @@ Order of the verbs in an online move (`cellferry.migration` calls them)::
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
 from cellferry.model import (
@@ -98,7 +98,13 @@ class Store(ABC):
 
     @abstractmethod
     def open(
-        self, move: Move, resources: Resources, progress: Progress, pace: Pace = FULL_SPEED
+        self,
+        move: Move,
+        resources: Resources,
+        progress: Progress,
+        pace: Pace = FULL_SPEED,
+        *,
+        continues: bool = False,
     ) -> AbstractContextManager[StoreMove]:
         """Connect to both cells for one attempt at one migration; connections close on exit.
 
@@ -107,7 +113,15 @@ class Store(ABC):
             resources: where what is made is recorded.
             progress: where long work is reported.
             pace: of `copy`, `sync`, `repair`, `verify` and `cleanup`. Whoever freezes gives none.
+            continues: whether it may use what the step before connected, within
+                `keeping_sessions`. Whoever freezes or hands over may not: after a failover an older
+                session may lead to another server than a new one.
         """
+
+    @contextmanager
+    def keeping_sessions(self) -> Iterator[None]:
+        """Give a block within which steps follow each other; see `open` for those that continue."""
+        yield
 
     @abstractmethod
     def probe(self, cell: Cell, move: Move) -> Probe:
@@ -183,6 +197,7 @@ class StoreMove(ABC):
     def inventory(self) -> Inventory:
         """Count and size what would move, and list blockers, on both sides. Read-only.
 
+        What `check_cell` says of the two cells is among them.
         Does not need `fence`: plan runs before a migration exists.
         """
 

@@ -27,9 +27,15 @@ CONNECTIONS_NEEDED = 6
 """Sessions that one move holds in one cell at its busiest moment; a copy of four tables, five."""
 
 
-def check_cell(examination: Examination, site: Site, side: Side) -> Iterator[Blocker]:
-    """Yield what this cell lacks. Tables that cannot be read become unusable for later checks."""
-    yield from _prepared(examination.data_map, site)
+def check_cell(
+    examination: Examination, site: Site, side: Side, data_map: DataMap
+) -> Iterator[Blocker]:
+    """Yield what this cell lacks. Tables that cannot be read become unusable for later checks.
+
+    Args:
+        data_map: says which of this cell's tables need a gate.
+    """
+    yield from _prepared(data_map, site)
     yield from _privileges(examination, site)
     yield from _role(site)
     yield from _connections(site)

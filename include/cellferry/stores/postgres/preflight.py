@@ -1,6 +1,6 @@
 """The preflight: everything that would make a move fail or do harm, found before it starts.
 
-It changes nothing: every statement runs in a read-only transaction. A check that cannot run (a
+It changes nothing: every statement only reads. A check that cannot run (a
 table that may not be read, or that differs between the cells) is left out for that table only,
 and the reason is one of the blockers.
 """
@@ -35,6 +35,7 @@ def preflight(
     source: psycopg.Connection[Any],
     destination: psycopg.Connection[Any],
     data_map: DataMap,
+    destination_map: DataMap,
     organization: str,
     *,
     source_cell: Cell,
@@ -47,7 +48,8 @@ def preflight(
     Args:
         source: session of the mover's role at the source, not in a transaction.
         destination: the same at the destination.
-        data_map: discovered at the source.
+        data_map: discovered at the source; says what moves.
+        destination_map: discovered at the destination; says what needs a gate there.
         organization: canonical text of its key.
         source_cell: its name is used in messages, its store's options are obeyed.
         destination_cell: the same; option `capacity_bytes` bounds its database.
@@ -67,7 +69,7 @@ def preflight(
         data_map=data_map,
         organization=organization,
     )
-    found = list(_conditions(examination))
+    found = list(_conditions(examination, destination_map))
     unknown = list(cell_conditions.check_organization(examination))
     found.extend(unknown)
     if not unknown:
@@ -75,17 +77,21 @@ def preflight(
     return tuple(sorted(found, key=lambda blocker: not blocker.fatal))
 
 
-def _conditions(examination: Examination) -> Iterator[Blocker]:
+def _conditions(examination: Examination, destination_map: DataMap) -> Iterator[Blocker]:
+    source, destination = examination.sites
     for refusal in examination.data_map.refusals:
         if refusal.fatal:
             yield Blocker(
                 refusal.code,
-                f"{examination.source.cell.name}/postgres {refusal.table}",
+                f"{source.cell.name}/postgres {refusal.table}",
                 refusal.reason,
                 refusal.remedy,
             )
-    yield from cell_conditions.check_cell(examination, examination.source, Side.SOURCE)
-    yield from cell_conditions.check_cell(examination, examination.destination, Side.DESTINATION)
+    for site, side, own in (
+        (source, Side.SOURCE, examination.data_map),
+        (destination, Side.DESTINATION, destination_map),
+    ):
+        yield from cell_conditions.check_cell(examination, site, side, own)
     yield from schema_differences.find_differences(examination)
     yield from cell_conditions.check_sequences(examination)
 

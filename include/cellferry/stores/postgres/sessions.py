@@ -6,7 +6,10 @@ Every session of the mover is made here, so that each has a name that an operato
 
 from __future__ import annotations
 
+import itertools
 import re
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +17,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.pq import TransactionStatus
 
 from cellferry.errors import (
     AccessDenied,
@@ -126,6 +130,93 @@ def connect(
             connection.close()
             raise
     return connection
+
+
+class Kept:
+    """Sessions that one step of this process leaves to the next, made as new in between.
+
+    A new session costs a small step as much as its work: the server starts a process, which reads
+    the catalogs anew. What is made as new with DISCARD ALL, as poolers do between clients, has
+    nothing of the step before but those catalogs, which the server keeps true.
+
+    Only for steps that follow each other: whoever waited asks for the server that is there now.
+    Safe to share by threads.
+    """
+
+    #: Longest time (seconds) between two steps.
+    LONGEST_S = 2.0
+    #: psycopg's own number of prepared statements for each session; a step may have changed it.
+    PREPARED = 100
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._number = itertools.count()
+        self._sessions: dict[str, tuple[float, psycopg.Connection[Any]]] = {}
+
+    def leave(self, endpoint_url: str, session: psycopg.Connection[Any]) -> None:
+        """Keep a session in autocommit mode, as new and in nobody's name; one for each URL.
+
+        One that is at work, or cannot be made as new, is closed.
+        """
+        is_new = False
+        try:
+            if session.info.transaction_status is TransactionStatus.IDLE:
+                # psycopg forgets what it prepared when it sees this succeed, and looks only at the
+                # results of texts that are new to it.
+                session.execute(f"DISCARD ALL -- {next(self._number)}".encode())
+                session.prepared_max = self.PREPARED
+                set_for_session(session, "application_name", application_name("kept"))
+                _insist_on_durable_commits(session)
+                is_new = True
+        except psycopg.Error:
+            pass  # ended by a newer attempt, or the server is gone
+        finally:
+            if not is_new:
+                session.close()
+        if is_new:
+            with self._lock:
+                _, older = self._sessions.pop(endpoint_url, (0.0, None))
+                self._sessions[endpoint_url] = (time.monotonic(), session)
+            if older is not None:
+                older.close()
+
+    def take(
+        self, endpoint_url: str, *, purpose: str, move: Move | None = None
+    ) -> psycopg.Connection[Any] | None:
+        """Return the session that was left for this URL; None: connect.
+
+        Args:
+            endpoint_url: as `connect` had it.
+            purpose: the session's name from now on, as for `connect`.
+            move: the same.
+        """
+        with self._lock:
+            left_at, session = self._sessions.pop(endpoint_url, (0.0, None))
+        if session is None:
+            return None
+        is_there = False
+        try:
+            if time.monotonic() - left_at <= self.LONGEST_S:
+                set_for_session(session, "application_name", application_name(purpose, move))
+                is_there = True
+        except psycopg.Error:
+            pass  # an administrator ended it, or the server is gone
+        finally:
+            if not is_there:
+                session.close()
+        return session if is_there else None
+
+    def drop(self, endpoint_url: str) -> None:
+        """Close the session that was left for this URL, if there is one."""
+        with self._lock:
+            _, session = self._sessions.pop(endpoint_url, (0.0, None))
+        if session is not None:
+            session.close()
+
+    def close(self) -> None:
+        """Close what nobody took."""
+        for endpoint_url in list(self._sessions):
+            self.drop(endpoint_url)
 
 
 def place(parameters: dict[str, Any]) -> str:

@@ -17,9 +17,11 @@ from psycopg import sql
 from cellferry.errors import (
     Blocked,
     CellferryError,
+    InvalidInput,
     LeaseLost,
     NotPrepared,
     Unreachable,
+    UnsupportedSchema,
     VerificationFailed,
     WrongState,
 )
@@ -102,6 +104,9 @@ MAX_PREPARED = 1_000
 #: Names the checkpoint that says of which attempt the destination has the last delta.
 LAST_DELTA = "last delta of attempt"
 
+#: The purpose of the session at each cell that every step has.
+MAIN = "move"
+
 #: How long (seconds) to see whether it was a newer attempt that ended our session.
 LEASE_WAIT_S = 1.0
 
@@ -120,6 +125,8 @@ class PostgresStore(Store):
 
     def __init__(self, data_map_file: Path | None = None) -> None:
         self._file = data_map_file
+        self.kept: sessions.Kept | None = None
+        """Sessions of the last step, for the next one; see `keeping_sessions`."""
 
     @cached_property
     def completion(self) -> data_map_file.DataMapFile | None:
@@ -192,14 +199,31 @@ class PostgresStore(Store):
 
     @contextmanager
     def open(
-        self, move: Move, resources: Resources, progress: Progress, pace: Pace = FULL_SPEED
+        self,
+        move: Move,
+        resources: Resources,
+        progress: Progress,
+        pace: Pace = FULL_SPEED,
+        *,
+        continues: bool = False,
     ) -> Iterator[StoreMove]:
         """Give this store's part of one attempt; connections are made when first needed."""
-        opened = PostgresMove(self, move, resources, progress, pace)
+        opened = PostgresMove(self, move, resources, progress, pace, continues=continues)
         try:
             yield opened
+            opened.leave_sessions()
         finally:
             opened.close()
+
+    @contextmanager
+    def keeping_sessions(self) -> Iterator[None]:
+        """See `Store.keeping_sessions`."""
+        kept = self.kept = sessions.Kept()
+        try:
+            yield
+        finally:
+            self.kept = None
+            kept.close()
 
     def probe(self, cell: Cell, move: Move) -> PostgresProbe:
         """Return what asks the cell's server how it does; see `Store.probe`."""
@@ -218,20 +242,31 @@ class PostgresMove(StoreMove):
         resources: Resources,
         progress: Progress,
         pace: Pace = FULL_SPEED,
+        *,
+        continues: bool = False,
     ) -> None:
         self.move = move
+        self._continues = continues
         self._pace = pace
         self._store = store
         self._resources = resources
         self._progress = progress
         self._stack = ExitStack()
         self._connections: dict[str, Connection] = {}
+        self._leaves: sessions.Kept | None = None
         self._barrier: gate.Barrier | None = None
         self._layouts: dict[Side, str] = {}
         self._confirms: dict[Side, bool] = {}
         self._at_freeze: tuple[Connection, Landmark] | None = None
         self._positions: tuple[sequences.Position, ...] = ()
         self._crossings_allowed = move.returning
+
+    def leave_sessions(self) -> None:
+        """Leave the cells' first sessions to the next step, after one that went well.
+
+        After one that did not, a request to cancel a statement may still be under way.
+        """
+        self._leaves = self._store.kept
 
     def close(self) -> None:
         """Close every connection; a gate that is still locked lets its writers go."""
@@ -243,23 +278,42 @@ class PostgresMove(StoreMove):
     def _where(self, side: Side) -> str:
         return f"{self.move.cell(side).name}/{KIND}"
 
-    def _connection(self, side: Side, purpose: str = "move") -> Connection:
+    def _connection(self, side: Side, purpose: str = MAIN) -> Connection:
         """A session of the mover's role in autocommit mode; made when first asked for.
 
         One that was lost is made anew: a thaw and a hand-over must not fail for it.
         """
         key = f"{side} {purpose}"
         if key not in self._connections or self._connections[key].closed:
-            connection = sessions.connect(
-                _endpoint(self.move.cell(side)).url,
-                purpose=purpose,
-                move=self.move,
-                autocommit=True,
-                where=self._where(side),
-            )
-            self._stack.callback(connection.close)
+            url = _endpoint(self.move.cell(side)).url
+            connection = self._kept(url) if purpose == MAIN else None
+            if connection is None:
+                connection = sessions.connect(
+                    url,
+                    purpose=purpose,
+                    move=self.move,
+                    autocommit=True,
+                    where=self._where(side),
+                )
+            self._stack.callback(self._put_away, url, purpose, connection)
             self._connections[key] = connection
         return self._connections[key]
+
+    def _kept(self, url: str) -> Connection | None:
+        """The session that the step before left at this cell, if this step may use it."""
+        kept = self._store.kept
+        if kept is None:
+            return None
+        if not self._continues:
+            kept.drop(url)
+            return None
+        return kept.take(url, purpose=MAIN, move=self.move)
+
+    def _put_away(self, url: str, purpose: str, connection: Connection) -> None:
+        if self._leaves is not None and purpose == MAIN:
+            self._leaves.leave(url, connection)
+        else:
+            connection.close()
 
     @cached_property
     def _source(self) -> Connection:
@@ -379,6 +433,7 @@ class PostgresMove(StoreMove):
                 source,
                 destination,
                 found,
+                self._destination_map(found),
                 organization,
                 source_cell=self.move.source,
                 destination_cell=self.move.destination,
@@ -387,6 +442,16 @@ class PostgresMove(StoreMove):
             if denied is not None and not any(blocker.fatal for blocker in blockers):
                 raise denied
         return Inventory(store=KIND, unit="rows", parts=parts, blockers=blockers)
+
+    def _destination_map(self, source_map: DataMap) -> DataMap:
+        """What the destination says of its own tables, of which the source may lack some.
+
+        Where it lacks what the data map's file names, the blockers say what differs.
+        """
+        try:
+            return self._store.discover(self._connection(Side.DESTINATION))
+        except (InvalidInput, UnsupportedSchema):
+            return source_map
 
     # ── capture, copy, rounds ───────────────────────────────────────────────────────────────────
 
@@ -881,7 +946,7 @@ class PostgresMove(StoreMove):
                 *(
                     blocker
                     for blocker in cell_conditions.check_cell(
-                        back, back.destination, Side.DESTINATION
+                        back, back.destination, Side.DESTINATION, self._map
                     )
                     if blocker.code != "candidate-missing"
                 ),

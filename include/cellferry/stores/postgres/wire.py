@@ -209,7 +209,8 @@ def _go_on(_rows: int) -> None:
 class Inlet:
     """The receiving end: collects rows into pieces and counts them.
 
-    Use as a context manager around the rows of one batch; an exception inside cancels the COPY.
+    Use as a context manager around the rows of one batch; an exception inside cancels the COPY that
+    is under way, and those before it are the caller's to roll back.
 
     A server keeps what a COPY brings until it has a thousand rows or 64 KiB, and writes those at
     once. So slow work is cut into several COPYs of few rows: what others wait for is the longest
@@ -217,7 +218,7 @@ class Inlet:
 
     Args:
         pace: rests after each piece of a COPY.
-        at_once: rows of one COPY.
+        at_once: rows of one COPY, at most.
         rest: called between two COPYs with the number of rows since it was called last.
 
     Attributes:

@@ -169,7 +169,13 @@ class RedisStore(base.Store):
 
     @contextmanager
     def open(
-        self, move: Move, resources: Resources, progress: Progress, pace: Pace = FULL_SPEED
+        self,
+        move: Move,
+        resources: Resources,
+        progress: Progress,
+        pace: Pace = FULL_SPEED,
+        *,
+        continues: bool = False,  # noqa: ARG002 - each attempt has users of its own
     ) -> Iterator[RedisMove]:
         """Prepare one attempt; connections are made when they are needed and close on exit."""
         redis_move = RedisMove(move, resources, progress, pace)
@@ -378,6 +384,9 @@ class RedisMove(base.StoreMove):
 
         Needs no change feed: `sync` and `catch_up` compare everything before they follow one.
         """
+        return self._copy(self._throttle)
+
+    def _copy(self, throttle: Throttle) -> Copied:
         self._require_importing()
         self._connect_copier()
         self._pace.start()
@@ -388,7 +397,7 @@ class RedisMove(base.StoreMove):
             self._wire(Side.DESTINATION, "write", writer=True),
             prefix=self._prefix,
             run_id=run_id,
-            throttle=self._throttle,
+            throttle=throttle,
             progress=self._progress,
             planned=sum(self.move.planned.get("redis", {}).values()),
         ).run()
@@ -766,8 +775,9 @@ class RedisMove(base.StoreMove):
         return None
 
     def _finish_everything(self, started: float) -> Finished:
-        copied = self.copy()
-        pair = self._new_pair()
+        full_speed = Throttle(None)  # writers wait
+        copied = self._copy(full_speed)
+        pair = self._new_pair(throttle=full_speed)
         applied = pair.complete_pass("compare")
         self._require_equal(applied.unequal, pair)
         verification = Verifier(
