@@ -327,6 +327,19 @@ def test_what_blocks_a_move_is_named_with_its_cell_and_remedy(
         assert all(word in str(refusal) for word in words)
 
 
+def test_a_data_map_that_does_not_fit_the_destination_is_told_before_anything_moves(
+    operator: Operator,
+) -> None:
+    """The way back would go by it, and fail."""
+    execute("CREATE TABLE jobs (id int PRIMARY KEY)")(operator.cells, "cell-1")
+    file = operator.cells.settings.organization.data_map
+    assert file is not None
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace("placement: {", "placement: {cell-local: [public.jobs], "))
+    words = ("cell-2/postgres", "'public.jobs' matches no table")
+    operator.is_told(WRONG_INPUT, *words, by=operator.runs(*PLAN, "--record"))
+
+
 def restore_memory(cells: TwoCells, cell: str) -> None:
     with cells.redis(cell) as client:
         client.config_set("maxmemory", 0)

@@ -11,8 +11,10 @@ import psycopg
 import pytest
 from psycopg.pq import TransactionStatus
 
-from cellferry.model import Side
-from cellferry.stores.postgres import sessions
+from cellferry.migration import MoveOptions, steps
+from cellferry.model import Side, State
+from cellferry.stores.postgres import sessions, store
+from fixtures.cells import PATIENT, TwoCells
 from fixtures.ferry import Ferry, make_ferry
 from fixtures.postgres import FreshDatabases
 
@@ -184,6 +186,47 @@ def test_who_freezes_asks_for_the_server_that_is_there_now(ferry: Ferry) -> None
         first = pids(ferry, 1)
         assert not set(pids(ferry, 2, continues=False)) & set(first)
         assert ended(ferry, first[0])
+
+
+def test_a_long_step_leaves_nothing(ferry: Ferry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "SHORT_STEP_S", -1.0)
+    with ferry.store.keeping_sessions():
+        first = pids(ferry, 1)
+        assert ended(ferry, first[0])
+
+
+def test_only_steps_before_the_cutover_use_what_others_connected(
+    cells: TwoCells, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    organization = cells.add_organization(7)
+    cells.prepare()
+    found: list[bool] = []
+    take = sessions.Kept.take
+
+    def note(*arguments: Any, **named: Any) -> Connection | None:
+        session = take(*arguments, **named)
+        found.append(session is not None)
+        return session
+
+    monkeypatch.setattr(sessions.Kept, "take", note)
+    monkeypatch.setattr(sessions.Kept, "LONGEST_S", 60.0)
+    monkeypatch.setattr(store, "SHORT_STEP_S", 60.0)
+    with cells.context() as context:
+        kept = context.stores["postgres"].kept  # type: ignore[attr-defined]
+        options = MoveOptions(strategy="online", ttl_s=0, soak_s=0, **PATIENT)
+        plan = steps.plan(context, organization.slug, "cell-2", options=options, record=True)
+        assert plan.migration is not None
+        assert len(kept._sessions) == 2
+        found.clear()
+        for step in (steps.copy, steps.sync, steps.verify):
+            step(context, plan.migration)
+            assert found == [True, True]
+            found.clear()
+        for last in (steps.cutover, steps.soak, steps.cleanup):
+            last(context, plan.migration)
+            assert kept._sessions == {}
+        assert found == []
+    assert cells.migration(plan.migration).state is State.COMPLETED
 
 
 def test_a_step_that_failed_leaves_nothing(ferry: Ferry) -> None:

@@ -19,7 +19,7 @@ from cellferry.stores.postgres.data_map import discover
 from cellferry.stores.postgres.data_map_file import parse
 from cellferry.stores.postgres.inventory import shared_or_owned
 from cellferry.stores.postgres.preflight import inventory, preflight
-from cellferry.stores.postgres.prepare import prepare
+from cellferry.stores.postgres.prepare import is_prepared, prepare
 from cellferry.stores.postgres.schema import Name
 from fixtures.postgres import FreshDatabases, MakeServer, postgres_versions
 
@@ -602,6 +602,26 @@ def test_a_table_that_came_after_the_preparation_has_no_gate(cells: Cells, mover
     found = everything(cells, mover)
     assert {one.code for one in found} == {"not-prepared", "missing-privilege"}
     assert all("late" in one.reason for one in found)
+
+
+def test_a_table_that_the_destination_alone_has_is_in_the_way_back(cells: Cells) -> None:
+    cells.destination.execute("CREATE TABLE stray (id int PRIMARY KEY)")
+    blocker = only(cells.check(), "unplaced")
+    assert blocker.where == "cell-2/postgres public.stray"
+
+
+def test_a_destination_needs_the_gates_of_both_maps(cells: Cells, mover: str) -> None:
+    """A table that only the destination has makes another gate of its parent's."""
+    cells.destination.execute(
+        "CREATE TABLE late (id int PRIMARY KEY, comment_id bigint NOT NULL REFERENCES comments)"
+    )
+    prepare_both(cells, mover)
+    ours, theirs = (discover(one, parse(FILE)) for one in (cells.source, cells.destination))
+    assert is_prepared(cells.destination, theirs) == []
+    missing = is_prepared(cells.destination, ours)
+    assert missing
+    found = [one for one in everything(cells, mover) if one.code == "not-prepared"]
+    assert [one.reason for one in found] == [f"missing: {one}" for one in missing]
 
 
 def test_a_long_transaction_at_the_source_is_named(

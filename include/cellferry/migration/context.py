@@ -269,6 +269,7 @@ def attempt(
     returning: bool = False,
     taken: Callable[[int], None] | None = None,
     paced: bool = False,
+    continues: bool = False,
 ) -> Iterator[Attempt]:
     """Take the migration over: a new attempt in the topology, then at every store of both cells.
 
@@ -279,8 +280,9 @@ def attempt(
         stoppable: False for steps that must work while the migration is paused or halted.
         returning: for steps after the flip that go from the new cell to the old one.
         taken: told the attempt's number, for who has to know it even if a cell does not answer.
-        paced: go slowly where a cell is slow, and with the sessions of the step before. Never for a
-            step that freezes anything.
+        paced: go slowly where a cell is slow. Never for a step that freezes anything.
+        continues: use the sessions of the step before. Never for a step that freezes, hands over or
+            deletes.
 
     Raises:
         WrongState: the migration's state is not in `allowed`.
@@ -310,7 +312,9 @@ def attempt(
                 Pacing(topology, context.stores, move, step, progress, target_ms if paced else None)
             )
             for kind, store in context.stores.items():
-                opened = store.open(move, resources, progress, pacing.pace(kind), continues=paced)
+                opened = store.open(
+                    move, resources, progress, pacing.pace(kind), continues=continues
+                )
                 moves[kind] = stack.enter_context(opened)
                 moves[kind].fence()
             # Whoever slept before its fence, while another ended the migration, does no more. What

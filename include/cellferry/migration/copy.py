@@ -37,7 +37,7 @@ def copy(context: Context, migration_id: int) -> StepResult:
             migration.facts.get("copied", {}),
             repeated=True,
         )
-    with attempt(context, migration_id, "copy", ALLOWED, paced=True) as at:
+    with attempt(context, migration_id, "copy", ALLOWED, paced=True, continues=True) as at:
         if at.migration.state is State.PLANNED:
             at.transition(State.COPYING, activity_facts(at))
         copied = {}

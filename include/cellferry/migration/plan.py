@@ -126,7 +126,7 @@ def plan(
     progress = StepProgress(context, found.slug, 0, 0)
     for kind, store in context.stores.items():
         try:
-            with store.open(move, _Nothing(), progress) as opened:
+            with store.open(move, _Nothing(), progress, continues=True) as opened:
                 inventories[kind] = opened.inventory()
                 blockers.extend(inventories[kind].blockers)
                 if opened.asks_early:

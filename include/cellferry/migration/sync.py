@@ -41,7 +41,7 @@ def sync(context: Context, migration_id: int) -> StepResult:
             "nothing to do",
             repeated=True,
         )
-    with attempt(context, migration_id, "sync", ALLOWED, paced=True) as at:
+    with attempt(context, migration_id, "sync", ALLOWED, paced=True, continues=True) as at:
         history.follow(at)
         rounds = {kind: run_rounds(at, kind, store) for kind, store in at.stores.items()}
         at.record({"rounds": rounds, **at.pace_facts("sync")})

@@ -42,7 +42,7 @@ def verify(context: Context, migration_id: int) -> StepResult:
             "verified before",
             repeated=True,
         )
-    with attempt(context, migration_id, "verify", ALLOWED, paced=True) as at:
+    with attempt(context, migration_id, "verify", ALLOWED, paced=True, continues=True) as at:
         history.follow(at)
         evidence: Mapping[str, Verification] = {}
         if at.move.strategy is Strategy.ONLINE:

@@ -113,9 +113,9 @@ class Store(ABC):
             resources: where what is made is recorded.
             progress: where long work is reported.
             pace: of `copy`, `sync`, `repair`, `verify` and `cleanup`. Whoever freezes gives none.
-            continues: whether it may use what the step before connected, within
-                `keeping_sessions`. Whoever freezes or hands over may not: after a failover an older
-                session may lead to another server than a new one.
+            continues: whether it may use what the step before connected, and leave it to the next,
+                within `keeping_sessions`. Whoever freezes, hands over or deletes may not: after a
+                failover an older session may lead to another server than a new one.
         """
 
     @contextmanager

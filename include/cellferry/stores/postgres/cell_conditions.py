@@ -5,7 +5,7 @@ Every check is read-only and needs no more than an ordinary role.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from psycopg import sql
@@ -28,14 +28,15 @@ CONNECTIONS_NEEDED = 6
 
 
 def check_cell(
-    examination: Examination, site: Site, side: Side, data_map: DataMap
+    examination: Examination, site: Site, side: Side, data_maps: Iterable[DataMap]
 ) -> Iterator[Blocker]:
     """Yield what this cell lacks. Tables that cannot be read become unusable for later checks.
 
     Args:
-        data_map: says which of this cell's tables need a gate.
+        data_maps: say which of this cell's tables need which gate.
     """
-    yield from _prepared(data_map, site)
+    for data_map in data_maps:
+        yield from _prepared(data_map, site)
     yield from _privileges(examination, site)
     yield from _role(site)
     yield from _connections(site)

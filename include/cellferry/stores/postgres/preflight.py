@@ -24,6 +24,7 @@ from cellferry.stores.postgres.catalog import read_catalog
 from cellferry.stores.postgres.examination import Examination, Site
 from cellferry.stores.postgres.inventory import inventory
 from cellferry.stores.postgres.schema import DataMap
+from cellferry.stores.postgres.triggers import installations
 
 __all__ = ["inventory", "preflight"]
 
@@ -74,26 +75,30 @@ def preflight(
     found.extend(unknown)
     if not unknown:
         found.extend(_rows(examination, parts))
-    return tuple(sorted(found, key=lambda blocker: not blocker.fatal))
+    return tuple(sorted(dict.fromkeys(found), key=lambda blocker: not blocker.fatal))
 
 
 def _conditions(examination: Examination, destination_map: DataMap) -> Iterator[Blocker]:
-    source, destination = examination.sites
-    for refusal in examination.data_map.refusals:
-        if refusal.fatal:
+    data_map, (source, destination) = examination.data_map, examination.sites
+    yield from _refusals(source, data_map, frozenset())
+    # The way back goes by the destination's map.
+    yield from _refusals(destination, destination_map, {one.table for one in data_map.refusals})
+    both = {installations(one): one for one in (data_map, destination_map)}
+    yield from cell_conditions.check_cell(examination, source, Side.SOURCE, [data_map])
+    yield from cell_conditions.check_cell(examination, destination, Side.DESTINATION, both.values())
+    yield from schema_differences.find_differences(examination)
+    yield from cell_conditions.check_sequences(examination)
+
+
+def _refusals(site: Site, data_map: DataMap, told: Collection[str]) -> Iterator[Blocker]:
+    for refusal in data_map.refusals:
+        if refusal.fatal and refusal.table not in told:
             yield Blocker(
                 refusal.code,
-                f"{source.cell.name}/postgres {refusal.table}",
+                f"{site.cell.name}/postgres {refusal.table}",
                 refusal.reason,
                 refusal.remedy,
             )
-    for site, side, own in (
-        (source, Side.SOURCE, examination.data_map),
-        (destination, Side.DESTINATION, destination_map),
-    ):
-        yield from cell_conditions.check_cell(examination, site, side, own)
-    yield from schema_differences.find_differences(examination)
-    yield from cell_conditions.check_sequences(examination)
 
 
 def _rows(examination: Examination, parts: Sequence[Part] | None) -> Iterator[Blocker]:

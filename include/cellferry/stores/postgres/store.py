@@ -107,6 +107,10 @@ LAST_DELTA = "last delta of attempt"
 #: The purpose of the session at each cell that every step has.
 MAIN = "move"
 
+#: A step that took longer (seconds) leaves no sessions: connecting is little of it, and the cell
+#: may have failed over meanwhile.
+SHORT_STEP_S = 10.0
+
 #: How long (seconds) to see whether it was a newer attempt that ended our session.
 LEASE_WAIT_S = 1.0
 
@@ -247,6 +251,7 @@ class PostgresMove(StoreMove):
     ) -> None:
         self.move = move
         self._continues = continues
+        self._began = time.monotonic()
         self._pace = pace
         self._store = store
         self._resources = resources
@@ -262,11 +267,12 @@ class PostgresMove(StoreMove):
         self._crossings_allowed = move.returning
 
     def leave_sessions(self) -> None:
-        """Leave the cells' first sessions to the next step, after one that went well.
+        """Leave the cells' first sessions to the next step, after a short one that went well.
 
         After one that did not, a request to cancel a statement may still be under way.
         """
-        self._leaves = self._store.kept
+        if self._continues and time.monotonic() - self._began <= SHORT_STEP_S:
+            self._leaves = self._store.kept
 
     def close(self) -> None:
         """Close every connection; a gate that is still locked lets its writers go."""
@@ -424,7 +430,15 @@ class PostgresMove(StoreMove):
             destination = self._connection(Side.DESTINATION)
             found = self._store.discover(source)
             denied: psycopg.Error | None = None
+            unfit: CellferryError | None = None
             parts: tuple[Part, ...] = ()
+            theirs = found
+            try:
+                theirs = self._store.discover(destination)
+            except (InvalidInput, UnsupportedSchema) as error:
+                unfit = error  # the blockers say what differs, if it is of what moves
+                places = (self._where(Side.DESTINATION), unfit.where)
+                unfit.where = ", ".join(place for place in places if place)
             try:
                 parts = stock.inventory(source, found, organization)
             except psycopg.errors.InsufficientPrivilege as error:
@@ -433,25 +447,17 @@ class PostgresMove(StoreMove):
                 source,
                 destination,
                 found,
-                self._destination_map(found),
+                theirs,
                 organization,
                 source_cell=self.move.source,
                 destination_cell=self.move.destination,
                 parts=parts or None,
             )
-            if denied is not None and not any(blocker.fatal for blocker in blockers):
-                raise denied
+            if not any(blocker.fatal for blocker in blockers):
+                for failure in (denied, unfit):
+                    if failure is not None:
+                        raise failure
         return Inventory(store=KIND, unit="rows", parts=parts, blockers=blockers)
-
-    def _destination_map(self, source_map: DataMap) -> DataMap:
-        """What the destination says of its own tables, of which the source may lack some.
-
-        Where it lacks what the data map's file names, the blockers say what differs.
-        """
-        try:
-            return self._store.discover(self._connection(Side.DESTINATION))
-        except (InvalidInput, UnsupportedSchema):
-            return source_map
 
     # ── capture, copy, rounds ───────────────────────────────────────────────────────────────────
 
@@ -946,7 +952,7 @@ class PostgresMove(StoreMove):
                 *(
                     blocker
                     for blocker in cell_conditions.check_cell(
-                        back, back.destination, Side.DESTINATION, self._map
+                        back, back.destination, Side.DESTINATION, [self._map]
                     )
                     if blocker.code != "candidate-missing"
                 ),
