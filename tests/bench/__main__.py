@@ -34,9 +34,12 @@ SECTIONS = (
 def measure(name: str, scale: float, runs: int) -> tuple[Section, dict[str, object]]:
     """Run one section; returns it with its circumstances."""
     load, processors, began = os.getloadavg()[0], psutil.cpu_times(), time.time()
+    before = document.yardstick()
     with Bench.opened(name, scale, runs) as bench:
         section = importlib.import_module(f"tests.bench.{name}").run(bench)
-    return section, document.circumstances(load, processors, began, scale, section.runs or runs)
+    speeds = (before, document.yardstick())
+    around = document.circumstances(load, processors, began, scale, section.runs or runs, speeds)
+    return section, around
 
 
 def main() -> int:

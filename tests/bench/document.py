@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -39,8 +40,28 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
+def yardstick() -> float:
+    """Return the processor time of a fixed loop, in seconds.
+
+    Hosts lend the same processor faster and slower: figures of two runs compare by this one.
+    """
+    took = []
+    for _ in range(3):
+        began = time.process_time()
+        total = 0
+        for number in range(3_000_000):
+            total += number * number & 7
+        took.append(time.process_time() - began)
+    return statistics.median(took)
+
+
 def circumstances(
-    load_before: float, cpu_before: Any, began: float, scale: float, runs: int
+    load_before: float,
+    cpu_before: Any,
+    began: float,
+    scale: float,
+    runs: int,
+    yardsticks: Sequence[float],
 ) -> dict[str, Any]:
     """Return what the figures of a section depend on: machine, versions, load, size."""
     memory = psutil.virtual_memory().total / 2**30
@@ -57,6 +78,7 @@ def circumstances(
         "postgresql": str(postgres_binaries.major_version(postgres_binaries.wheel_bin_dir())),
         "load_before": round(load_before, 2),
         "withheld": round(withheld_share(cpu_before, psutil.cpu_times()), 3),
+        "yardstick_s": [round(one, 3) for one in yardsticks],
         "commit": commit or "unknown",
         "scale": scale,
         "runs": runs,
@@ -124,8 +146,8 @@ def _section(name: str, content: Mapping[str, Any]) -> str:
     lines.append(
         f"*{around['when']}, commit {around['commit']}, {around['machine']},"
         f" PostgreSQL {around['postgresql']}, Python {around['python']}; load before"
-        f" {around['load_before']}{_withheld(around)}; scale {_figure(around['scale'])},"
-        f" {_runs(around['runs'])}, {around['took_s']} s. Data: `docs/benchmarks/{name}.json`.*\n"
+        f" {around['load_before']}{_withheld(around)}{_yardstick(around)};"
+        f" scale {_figure(around['scale'])}, {_runs(around['runs'])}, {around['took_s']} s. Data: `docs/benchmarks/{name}.json`.*\n"
     )
     return "".join(lines)
 
@@ -139,6 +161,13 @@ def _withheld(around: Mapping[str, Any]) -> str:
     if (share := around.get("withheld")) is None:
         return ""
     return f", {share:.0%} of the processors withheld by the host"
+
+
+def _yardstick(around: Mapping[str, Any]) -> str:
+    """Say how fast the processors were before and after."""
+    if not (found := around.get("yardstick_s")):
+        return ""
+    return f", a fixed loop took {' and '.join(f'{one:.2f}' for one in found)} s before and after"
 
 
 def _anchor(title: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from dataclasses import replace
 from typing import Any
 
 import psycopg
@@ -20,7 +21,7 @@ from cellferry.errors import (
 )
 from cellferry.migration import barrier as barrier_module
 from cellferry.migration import steps
-from cellferry.model import Actor, Organization, State
+from cellferry.model import Actor, Organization, Round, State
 from cellferry.phases import Phase
 from cellferry.stores.postgres.store import PostgresMove
 from cellferry.stores.redis.store import RedisMove
@@ -112,6 +113,39 @@ def test_writers_go_on_though_a_cutover_that_gave_up_hangs(
         phases.listen(None)
     assert answers == [None]
     assert cells.migration(migration).state is State.READY
+
+
+@pytest.mark.parametrize(
+    ("lasted", "expected"), [([0.0], 1), ([1.0, 0.0], 2), ([1.0] * 9, barrier_module.LAST_ROUNDS)]
+)
+def test_a_long_round_before_the_freeze_is_followed_by_another(
+    cells: TwoCells,
+    acme: Organization,
+    monkeypatch: pytest.MonkeyPatch,
+    lasted: list[float],
+    expected: int,
+) -> None:
+    """What becomes dirty during the last round is what writers wait for."""
+    migration = ready(cells, acme)
+    came: list[Phase | str] = []
+    took = iter(lasted)
+    sync = PostgresMove.sync
+
+    def timed(self: PostgresMove) -> Round:
+        done = sync(self)
+        if Phase.BARRIER_BEGUN not in came:
+            return done
+        came.append("round")
+        return replace(done, seconds=next(took))
+
+    monkeypatch.setattr(PostgresMove, "sync", timed)
+    phases.listen(came.append)
+    try:
+        with cells.context() as context:
+            steps.cutover(context, migration)
+    finally:
+        phases.listen(None)
+    assert came[: came.index(Phase.FROZEN_ONE)].count("round") == expected
 
 
 def test_no_garbage_is_collected_while_writers_wait(cells: TwoCells, acme: Organization) -> None:

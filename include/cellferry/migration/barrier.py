@@ -48,6 +48,10 @@ ASK_FOR_S = 60.0
 #: How long this process does nothing when the gates have opened, in seconds: all writers that
 #: waited want the processors in the same moment.
 GIVE_WAY_S = 0.05
+#: Rounds right before the freeze, at most.
+LAST_ROUNDS = 3
+#: One of this length (seconds) leaves no more than the next one would.
+SHORT_ROUND_S = 0.05
 #: The last part of a pause.
 _HAND_OVER = "hand over"
 #: How long a hand-over, or a thaw, is tried again within one step, in seconds.
@@ -189,9 +193,11 @@ def _freeze_and_finish(at: Attempt, timings: Timings) -> None:
     history.insist(at)
     if at.move.strategy is Strategy.ONLINE:
         # What changed while the topology committed. The store that drains writers goes last: what
-        # becomes dirty between its round and its freeze is what the pause has to carry.
-        for store in reversed(list(at.stores.values())):
-            store.sync()
+        # becomes dirty during its round is what the pause has to carry, so a long one is repeated.
+        for _ in range(LAST_ROUNDS):
+            rounds = [store.sync() for store in reversed(list(at.stores.values()))]
+            if rounds[-1].seconds <= SHORT_ROUND_S:
+                break
     timings.restart()
     for kind, store in at.stores.items():
         store.freeze(at.move.limits.drain_deadline_s)
