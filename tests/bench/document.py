@@ -147,7 +147,8 @@ def _section(name: str, content: Mapping[str, Any]) -> str:
         f"*{around['when']}, commit {around['commit']}, {around['machine']},"
         f" PostgreSQL {around['postgresql']}, Python {around['python']}; load before"
         f" {around['load_before']}{_withheld(around)}{_yardstick(around)};"
-        f" scale {_figure(around['scale'])}, {_runs(around['runs'])}, {around['took_s']} s. Data: `docs/benchmarks/{name}.json`.*\n"
+        f" scale {_figure(around['scale'])}, {_runs(around['runs'])}, {around['took_s']} s."
+        f" Data: `docs/benchmarks/{name}.json`.*\n"
     )
     return "".join(lines)
 
