@@ -2,12 +2,14 @@
 
 A whole local fleet, with Airflow as `make demo` starts it, moves small organizations around its
 cells: one run, several runs, and before, while and after a thousand wait for their TTL. Beside it
-the library alone, in a few processes, moves the same organizations by the same steps.
+the library alone, in a few processes, moves the same organizations by the same steps, and the same
+Airflow alone does as many tasks that do nothing as there are steps.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -34,6 +36,9 @@ from cellferry.model import Actor, Organization, State
 
 ROOT = Path(__file__).resolve().parents[2]
 DAG, CLEAN_UP = "migrate_organizations", "clean_up_organizations"
+EMPTY = "empty_tasks"
+"""The DAG beside this file: a task that does nothing for each step of each organization."""
+EMPTY_TASKS = 8
 ACTOR = Actor("bench", role="operator")
 CELLS = ("cell-1", "cell-2", "cell-3")
 ROWS, KEYS = 40, 12
@@ -44,6 +49,8 @@ WAITING_ROWS, WAITING_KEYS = 10, 2
 """Of each organization that waits for its TTL: no step of what is measured reads them."""
 #: A wave counts when at least this share of it was moved.
 ENOUGH = 0.95
+PER_HOUR, BARE_PER_HOUR = 2_000, 1_550
+"""The target, and what a prototype of eight empty tasks reached on the machine it was set for."""
 SOAK_S = 2
 ALONE_AT_ONCE = 6
 """Processes of the library alone: enough that some work while others wait for a soak."""
@@ -198,43 +205,62 @@ class Place:
             )
             for number in range(runs)
         ]
-        self._wait(started)
+        self._wait(DAG, started)
         wall_s, after = time.perf_counter() - began, processor_time(self.fleet)
         moved = [one for one in self.context.topology.migrations() if one.id not in known]
         done = [one for one in moved if one.state is State.COMPLETED]
         if len(done) < ENOUGH * runs * size:
             raise RuntimeError(f"{name}: {len(done)} of {runs * size} organizations moved")
         strategies = sorted({str(one.strategy) for one in moved})
-        processes = sum(map(self._processes, started))
+        processes = sum(self._processes(DAG, one) for one in started)
         found = Wave(
             name, len(done), wall_s, _between(before, after), processes, ", ".join(strategies),
             runs * size - len(done),
         )  # fmt: skip
-        self.bench.say(
-            f"{name}: {found.per_hour:,.0f} organizations/h, {found.cpu_each_s:.2f} CPU-s each"
-        )
+        self._say(found)
         return found
 
-    def _processes(self, run: str) -> int:
+    def empty(self, runs: int, size: int) -> Wave:
+        """Let Airflow do as many empty tasks as `runs` times `size` organizations have steps."""
+        name = f"{EMPTY_TASKS} empty tasks each, {runs} runs of {size}"
+        before, began = processor_time(self.fleet), time.perf_counter()
+        conf = {"organizations": [str(number) for number in range(size)]}
+        started = [self.api.trigger(EMPTY, conf) for _ in range(runs)]
+        self._wait(EMPTY, started)
+        wall_s, after = time.perf_counter() - began, processor_time(self.fleet)
+        processes = sum(self._processes(EMPTY, one) for one in started)
+        if processes < EMPTY_TASKS * runs * size:
+            raise RuntimeError(f"{name}: only {processes} tasks had a process")
+        found = Wave(name, runs * size, wall_s, _between(before, after), processes)
+        self._say(found)
+        return found
+
+    def _say(self, wave: Wave) -> None:
+        self.bench.say(
+            f"{wave.name}: {wave.per_hour:,.0f} organizations/h, {wave.cpu_each_s:.2f} CPU-s each"
+        )
+
+    def _processes(self, dag: str, run: str) -> int:
         """Return how many tasks of a run had a process; the API gives at most 100 at a time."""
         count, seen, total = 0, 0, 1
         while seen < total:
             answer = self.api._send(
-                "GET", f"/api/v2/dags/{DAG}/dagRuns/{run}/taskInstances?limit=100&offset={seen}"
+                "GET", f"/api/v2/dags/{dag}/dagRuns/{run}/taskInstances?limit=100&offset={seen}"
             )
             found, total = answer["task_instances"], answer["total_entries"]
             count += sum(one.get("pid") is not None for one in found)
             seen += len(found) or total
         return count
 
-    def _wait(self, runs: Sequence[str]) -> None:
+    def _wait(self, dag: str, runs: Sequence[str]) -> None:
         """Wait until all have ended well; ask seldom, for the asking costs, too."""
         deadline = time.monotonic() + WITHIN_S
         left = list(runs)
         while left:
-            if (state := self.api.run_state(DAG, left[0])) in ENDED:
+            if (state := self.api.run_state(dag, left[0])) in ENDED:
                 if state != "success":
-                    self.bench.say(f"{left[0]} {state}: {self.api.log(DAG, left[0], 'report')}")
+                    said = self.api.log(dag, left[0], "report") if dag == DAG else ""
+                    self.bench.say(f"{left[0]} {state}: {said}")
                 left.pop(0)
             elif time.monotonic() > deadline:
                 raise RuntimeError(f"run {left[0]} is {state} after {WITHIN_S} s")
@@ -306,9 +332,7 @@ class Place:
             if part in (*_SERVERS, ALONE)
         }
         found = Wave(f"library alone, {processes} processes", len(movers), wall_s, used, processes)
-        self.bench.say(
-            f"{found.name}: {found.per_hour:,.0f} organizations/h, {found.cpu_each_s:.2f} CPU-s"
-        )
+        self._say(found)
         return found
 
 
@@ -351,10 +375,20 @@ def _clean_up_alone(migration: int) -> None:
         steps.cleanup(context, migration)
 
 
+def _project(root: Path) -> Path:
+    """Make a project in `root` that is this one and has the benchmark's DAG as well."""
+    root.mkdir()
+    for folder in ("include", "plugins"):
+        (root / folder).symlink_to(ROOT / folder)
+    shutil.copytree(ROOT / "dags", root / "dags", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(Path(__file__).parent / "dags" / f"{EMPTY}.py", root / "dags")
+    return root
+
+
 @contextmanager
 def _running(bench: Bench, organizations: int, waiting: int) -> Iterator[Place]:
     """Start the fleet, and seed organizations of a few rows; the last are to wait for a TTL."""
-    fleet = Fleet(ROOT, bench.root / "fleet")
+    fleet = Fleet(_project(bench.root / "project"), bench.root / "fleet")
     bench.stack.callback(fleet.wipe)
     fleet.up(airflow=False)
     before = dict(os.environ)
@@ -387,7 +421,7 @@ def _running(bench: Bench, organizations: int, waiting: int) -> Iterator[Place]:
             fleet.up(airflow=True)
             bench.say(f"the fleet is up, with {organizations + waiting} organizations")
             with AirflowApi(fleet.airflow_url, *fleet.airflow_credentials) as api:
-                for dag in (DAG, CLEAN_UP):
+                for dag in (DAG, CLEAN_UP, EMPTY):
                     api.wait_for_dag(dag)
                 waiters = [one.organization.id for one in seeds[organizations:]]
                 yield Place(bench, fleet, context, api, waiters)
@@ -415,6 +449,7 @@ def run(bench: Bench) -> Section:
             place.wave(f"{runs} runs of {size}", runs, size),
         ]
         full = waves[-1]
+        empty = place.empty(runs, size)
         began = processor_time(place.fleet), time.perf_counter()
         time.sleep(bench.size(20, least=3))
         idle = sum(_between(began[0], processor_time(place.fleet)).values()) / (
@@ -437,16 +472,23 @@ def run(bench: Bench) -> Section:
                 [
                     [one.name, one.organizations, one.per_hour, one.wall_s, one.cpu_each_s,
                      one.processes / one.organizations if one is not alone else None]
-                    for one in (*waves, alone)
+                    for one in (*waves, empty, alone)
                 ],
                 "Organizations per hour",
             ),
-            _where(full, beside, again, alone),
+            _where(full, beside, again, empty, alone),
         ],
         [
             Target(
                 f"organizations per hour, {runs} runs of {size} on {os.cpu_count()} cores",
-                2_000, full.per_hour, "organizations/h", at_least=True, why=_limit(full, alone),
+                PER_HOUR, full.per_hour, "organizations/h", at_least=True, why=_limit(full, alone),
+            ),
+            Target(
+                f"the same against {EMPTY_TASKS} empty tasks for each organization",
+                PER_HOUR / BARE_PER_HOUR, full.per_hour / empty.per_hour, at_least=True,
+                why=f"the prototype that the target of {PER_HOUR:,} was set by did"
+                f" {BARE_PER_HOUR:,}/h; here {empty.per_hour:,.0f}/h, at {empty.cpu_each_s:.2f}"
+                " CPU-s for each organization's tasks",
             ),
             Target(
                 f"the same while {waiting:,} wait for their TTL, against without",
@@ -489,22 +531,34 @@ copied, verified, cut over, soaked and its old copy deleted. All runs of a line 
 once; the time is from the first trigger to the end of the last run. Processor time is of all
 processes of the fleet, so servers, both reapers and Airflow's own loops count. Nobody writes
 meanwhile. The library alone does the same steps in {ALONE_AT_ONCE} processes that are warm already.
+*Empty tasks* is the same Airflow with a mapped group of {EMPTY_TASKS} tasks in a row that do
+nothing, as many as a move has steps: the target was set by what such a prototype did.
 """
 
 
-def _where(full: Wave, beside: Wave, again: Wave, alone: Wave) -> Table:
+def _where(full: Wave, beside: Wave, again: Wave, empty: Wave, alone: Wave) -> Table:
     parts = (TASKS, SUPERVISION, SCHEDULER, API, PARSER, TRIGGERER, METADATA, CELL_POSTGRES,
              CELL_REDIS, REAPER)  # fmt: skip
     rows: list[list[Any]] = [
         [part, full.each_s(part), full.each_s(part) / full.cpu_each_s, beside.each_s(part),
-         again.each_s(part), alone.each_s(ALONE if part == TASKS else part) or None]
+         again.each_s(part), empty.each_s(part),
+         alone.each_s(ALONE if part == TASKS else part) or None]
         for part in parts
     ]  # fmt: skip
     rows.append(
-        ["all", full.cpu_each_s, 1.0, beside.cpu_each_s, again.cpu_each_s, alone.cpu_each_s]
-    )
+        ["all", full.cpu_each_s, 1.0, beside.cpu_each_s, again.cpu_each_s, empty.cpu_each_s,
+         alone.cpu_each_s]
+    )  # fmt: skip
     return Table(
-        ("part", "CPU-s for each organization", "share", beside.name, again.name, alone.name),
+        (
+            "part",
+            "CPU-s for each organization",
+            "share",
+            beside.name,
+            again.name,
+            empty.name,
+            alone.name,
+        ),
         rows,
         f"Where the processor time goes: {full.name}",
     )
