@@ -479,7 +479,8 @@ def run(bench: Bench) -> Section:
         [
             Target(
                 f"organizations per hour, {runs} runs of {size} on {os.cpu_count()} cores",
-                2_000, full.per_hour, "organizations/h", at_least=True, why=_limit(full, empty, alone),
+                2_000, full.per_hour, "organizations/h", at_least=True,
+                why=_limit(full, empty, alone),
             ),
             Target(
                 f"the same while {waiting:,} wait for their TTL, against without",
