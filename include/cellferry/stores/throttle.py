@@ -27,9 +27,6 @@ class Throttle:
     SLICE_S = 0.25
     #: At a fixed rate work is cut into pieces of this length, in seconds.
     PIECE_S = 0.02
-    #: Longest rest after one piece, in seconds: a server that sends to us ends the session when
-    #: nothing is taken from it for `tcp_user_timeout`, 10 s.
-    LONGEST_REST_S = 4.0
 
     def __init__(
         self, per_second: float | None, *, burst_s: float = 0.1, pace: Pace = FULL_SPEED
@@ -47,7 +44,7 @@ class Throttle:
         """Return how much may be done in one go; `sys.maxsize` where nothing asks to be slow.
 
         At a fixed rate it is what the rate lets through in `PIECE_S`, between the two; less than
-        `least` where that would take longer than `LONGEST_REST_S`.
+        `least` where the rest after it would be longer than `Pace.LONGEST_S`.
 
         Args:
             full: of work at nearly full speed.
@@ -57,7 +54,7 @@ class Throttle:
         if self.pace.share < 1.0:
             pieces.append(self.pace.size(full, least))
         if self.per_second is not None:
-            shortest = max(1, min(least, int(self.per_second * self.LONGEST_REST_S)))
+            shortest = max(1, min(least, int(self.per_second * Pace.LONGEST_S)))
             pieces.append(max(shortest, min(full, int(self.per_second * self.PIECE_S))))
         return min(pieces, default=sys.maxsize)
 
