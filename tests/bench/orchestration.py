@@ -157,6 +157,16 @@ def _between(before: Mapping[str, float], after: Mapping[str, float]) -> dict[st
 # --- the fleet and its organizations ----------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Took:
+    """What runs took that were triggered together, and which of them failed."""
+
+    wall_s: float
+    cpu_s: Mapping[str, float]
+    processes: int
+    failed: Sequence[str]
+
+
 @dataclass
 class Place:
     """A running fleet with small organizations, and the ways to move them."""
@@ -189,30 +199,26 @@ class Place:
         """Move `runs` times `size` organizations, all runs at once, old copies deleted, too."""
         movers, destination = self.around(runs * size)
         known = {one.id for one in self.context.topology.migrations()}
-        before, began = processor_time(self.fleet), time.perf_counter()
-        started = [
-            self.api.trigger(
-                DAG,
-                {
-                    "organizations": movers[number * size : (number + 1) * size],
-                    "destination": destination,
-                    "dry_run": False,
-                    "soak_s": SOAK_S,
-                    "ttl_s": 0,
-                },
-            )
+        requests = [
+            {
+                "organizations": movers[number * size : (number + 1) * size],
+                "destination": destination,
+                "dry_run": False,
+                "soak_s": SOAK_S,
+                "ttl_s": 0,
+            }
             for number in range(runs)
         ]
-        self._wait(DAG, started)
-        wall_s, after = time.perf_counter() - began, processor_time(self.fleet)
+        took = self._through(DAG, requests)
+        for run in took.failed:
+            self.bench.say(f"{run} failed: {self.api.log(DAG, run, 'report')}")
         moved = [one for one in self.context.topology.migrations() if one.id not in known]
         done = [one for one in moved if one.state is State.COMPLETED]
         if len(done) < ENOUGH * runs * size:
             raise RuntimeError(f"{name}: {len(done)} of {runs * size} organizations moved")
         strategies = sorted({str(one.strategy) for one in moved})
-        processes = sum(self._processes(DAG, one) for one in started)
         found = Wave(
-            name, len(done), wall_s, _between(before, after), processes, ", ".join(strategies),
+            name, len(done), took.wall_s, took.cpu_s, took.processes, ", ".join(strategies),
             runs * size - len(done),
         )  # fmt: skip
         self._say(found)
@@ -221,17 +227,22 @@ class Place:
     def empty(self, runs: int, size: int) -> Wave:
         """Let Airflow do as many empty tasks as `runs` times `size` organizations have steps."""
         name = f"{EMPTY_TASKS} empty tasks each, {runs} runs of {size}"
-        before, began = processor_time(self.fleet), time.perf_counter()
-        conf = {"organizations": [str(number) for number in range(size)]}
-        started = [self.api.trigger(EMPTY, conf) for _ in range(runs)]
-        self._wait(EMPTY, started)
-        wall_s, after = time.perf_counter() - began, processor_time(self.fleet)
-        processes = sum(self._processes(EMPTY, one) for one in started)
-        if processes < EMPTY_TASKS * runs * size:
-            raise RuntimeError(f"{name}: only {processes} tasks had a process")
-        found = Wave(name, runs * size, wall_s, _between(before, after), processes)
+        request = {"organizations": [str(number) for number in range(size)]}
+        took = self._through(EMPTY, [request] * runs)
+        if took.failed or took.processes < EMPTY_TASKS * runs * size:
+            raise RuntimeError(f"{name}: {took.processes} processes, failed runs: {took.failed}")
+        found = Wave(name, runs * size, took.wall_s, took.cpu_s, took.processes)
         self._say(found)
         return found
+
+    def _through(self, dag: str, requests: Sequence[Mapping[str, Any]]) -> _Took:
+        """Trigger a run for each request, all at once, and wait until they have ended."""
+        before, began = processor_time(self.fleet), time.perf_counter()
+        started = [self.api.trigger(dag, one) for one in requests]
+        failed = self._wait(dag, started)
+        wall_s, after = time.perf_counter() - began, processor_time(self.fleet)
+        processes = sum(self._processes(dag, one) for one in started)
+        return _Took(wall_s, _between(before, after), processes, failed)
 
     def _say(self, wave: Wave) -> None:
         self.bench.say(
@@ -250,20 +261,20 @@ class Place:
             seen += len(found) or total
         return count
 
-    def _wait(self, dag: str, runs: Sequence[str]) -> None:
-        """Wait until all have ended well; ask seldom, for the asking costs, too."""
+    def _wait(self, dag: str, runs: Sequence[str]) -> list[str]:
+        """Wait until all have ended; ask seldom, for the asking costs, too. Return who failed."""
         deadline = time.monotonic() + WITHIN_S
-        left = list(runs)
+        left, failed = list(runs), []
         while left:
             if (state := self.api.run_state(dag, left[0])) in ENDED:
+                run = left.pop(0)
                 if state != "success":
-                    said = self.api.log(dag, left[0], "report") if dag == DAG else ""
-                    self.bench.say(f"{left[0]} {state}: {said}")
-                left.pop(0)
+                    failed.append(run)
             elif time.monotonic() > deadline:
                 raise RuntimeError(f"run {left[0]} is {state} after {WITHIN_S} s")
             else:
                 time.sleep(1)
+        return failed
 
     def let_wait(self, organizations: Sequence[str]) -> tuple[list[int], list[str]]:
         """Move organizations without Airflow up to their TTL, and start their clean-up runs.
