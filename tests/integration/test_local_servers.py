@@ -110,6 +110,17 @@ def test_a_killed_postmaster_leaves_no_shared_memory(own_postgres, killed_by_us:
     assert segments_of(postmaster) == 0
 
 
+def test_dynamic_shared_memory_lies_in_the_data_folder(own_postgres) -> None:
+    # A killed server leaves it, a megabyte or more each time. There it goes with the folder.
+    server: PostgresServer = own_postgres()
+    postmaster = server.identity
+    assert postmaster is not None
+    mapped = Path(f"/proc/{postmaster.pid}/maps").read_text(encoding="utf-8")
+
+    assert f"{server.data.resolve()}/pg_dynshmem/" in mapped
+    assert "/dev/shm/PostgreSQL." not in mapped
+
+
 def test_shared_memory_that_is_anothers_or_in_use_stays(own_postgres) -> None:
     server: PostgresServer = own_postgres()
     postmaster = server.identity

@@ -50,6 +50,8 @@ _BASE: Mapping[str, str] = {
     "shared_buffers": "64MB",
     "max_connections": "200",
     "max_wal_size": "1GB",
+    # In the data folder, so that what a killed server leaves goes with it.
+    "dynamic_shared_memory_type": "mmap",
     "unix_socket_directories": "",
     "listen_addresses": HOST,
     "timezone": "UTC",
