@@ -21,9 +21,10 @@ from cellferry.migration.governor import FLOOR, Governor
 from cellferry.migration.reporting import describe_pace
 from cellferry.model import Actor, Cell, Endpoint, Move, Organization, Side, State
 from cellferry.phases import Phase
-from cellferry.stores.pace import Pace
-from cellferry.stores.postgres import copier
+from cellferry.stores.pace import FullSpeed, Pace
+from cellferry.stores.postgres import copier, wire
 from cellferry.stores.postgres import store as postgres_store
+from cellferry.stores.postgres.checkpoints import Checkpoint
 from cellferry.stores.postgres.probe import SLOTS, PostgresProbe
 from cellferry.stores.redis.probe import RedisProbe
 from cellferry.stores.redis.wire import Address
@@ -481,6 +482,47 @@ def test_batches_shrink_with_the_pace(
         assert ferry.content(Side.DESTINATION, 1) == ferry.content(Side.SOURCE, 1)
 
     assert batches[1] > batches[0]
+
+
+def test_a_batch_that_began_at_full_speed_follows_a_pace_that_falls(
+    ferry: Ferry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends soon, and until then comes in small pieces."""
+    monkeypatch.setattr(copier, "LEAST_ROWS", 100)
+    monkeypatch.setattr(copier, "LEAST_PIECE_ROWS", 20)
+    monkeypatch.setattr(wire, "PIECE_BYTES", 2048)
+    pace, batches, rests = FullSpeed(), list[int](), list[int]()
+    committed, rest = copier._Account.committed, copier._TableCopier._rest
+    flush = wire.Inlet._flush
+
+    def fall(inlet: wire.Inlet, size: int, **tail: Any) -> None:
+        flush(inlet, size, **tail)
+        if size >= wire.PIECE_BYTES:
+            pace.share = 1e-6
+
+    def note(account: Any, table: Any, before: Checkpoint, after: Checkpoint) -> None:
+        if pace.share < 1.0:
+            batches.append(after.rows - before.rows)
+        committed(account, table, before, after)
+
+    def note_rest(self: Any, rows: int) -> None:
+        if pace.share < 1.0:
+            rests.append(rows)
+        rest(self, rows)
+
+    monkeypatch.setattr(wire.Inlet, "_flush", fall)
+    monkeypatch.setattr(copier._Account, "committed", note)
+    monkeypatch.setattr(copier._TableCopier, "_rest", note_rest)
+    with ferry.store.open(ferry.move(), ferry.registry, ferry.progress, pace) as move:
+        move.fence()
+        move.open_capture()
+        move.copy()
+        assert move.verify().ok
+
+    assert batches[0] == max(batches) == 100  # of a table of 250
+    assert 20 < rests[0] < 100  # the piece that was under way
+    assert max(rests[1:]) == 20
+    assert ferry.content(Side.DESTINATION, 1) == ferry.content(Side.SOURCE, 1)
 
 
 # ── probes ──────────────────────────────────────────────────────────────────────────────────────

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import psycopg
 import pytest
 from psycopg import sql
+from psycopg.abc import Buffer
 
+from cellferry.stores.pace import FullSpeed
 from cellferry.stores.postgres.schema import Column, Name, Placement, Table
-from cellferry.stores.postgres.wire import Inlet, Outlet, Wire
+from cellferry.stores.postgres.wire import PIECE_BYTES, Inlet, Outlet, Wire
+from cellferry.stores.throttle import Throttle
 
 #: More than the client keeps of what has arrived.
 MANY = 50_000
@@ -108,12 +112,57 @@ def test_a_slow_copy_comes_in_copies_of_few_rows_and_rests_between_them(
         with (
             connection.cursor() as cursor,
             cursor.copy(wire.out(body())) as stream,
-            Inlet(other, wire, target, at_once=100, rest=rest) as inlet,
+            Inlet(other, wire, target, at_once=lambda: 100, rest=rest) as inlet,
         ):
             assert not inlet.fill(Outlet(wire, stream).rows)
     assert told == rests
     assert written == [100 * number for number in range(1, len(rests) + 1)]
     assert (inlet.rows, inlet.told) == (rows, sum(rests))
+    differing = connection.execute(
+        "SELECT count(*) FROM public.parcels AS a FULL JOIN public.copied AS b USING (id)"
+        " WHERE a IS DISTINCT FROM b"
+    ).fetchone()
+    assert differing == (0,)
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_a_copy_that_is_under_way_follows_a_pace_that_falls(
+    connection: psycopg.Connection[Any], fresh_database: str, bounded: bool
+) -> None:
+    """What began at full speed is neither finished in large pieces nor as one large batch."""
+    fill(connection, 8_000)
+    connection.execute("CREATE TABLE public.copied (LIKE public.parcels INCLUDING ALL)")
+    pace, told = FullSpeed(), list[int]()
+    throttle = Throttle(None, pace=pace)
+
+    def slowed(rows: Iterator[Buffer]) -> Iterator[Buffer]:
+        for number, row in enumerate(rows, start=1):
+            if number == 4_000:
+                pace.share = 0.05
+            yield row
+
+    with (
+        psycopg.connect(fresh_database) as other,
+        connection.cursor() as cursor,
+        cursor.copy(Wire(TABLE).out(body())) as stream,
+        Inlet(
+            other,
+            Wire(TABLE),
+            sql.Identifier("public", "copied"),
+            pace=pace,
+            at_once=lambda: throttle.piece(1_000, 100),
+            rest=told.append,
+        ) as inlet,
+    ):
+        rows = slowed(Outlet(Wire(TABLE), stream).rows)
+        if bounded:
+            assert inlet.fill(rows, lambda: (pace.size(8_000, 100), sys.maxsize))
+            assert 4_000 <= inlet.rows < 4_000 + PIECE_BYTES // 100
+            assert told == []
+        assert not inlet.fill(rows)
+    assert inlet.rows == 8_000
+    assert 4_000 <= told[0] < 4_000 + PIECE_BYTES // 100
+    assert set(told[1:]) == {100}
     differing = connection.execute(
         "SELECT count(*) FROM public.parcels AS a FULL JOIN public.copied AS b USING (id)"
         " WHERE a IS DISTINCT FROM b"
@@ -136,7 +185,7 @@ def test_whoever_is_told_to_end_between_two_copies_can_roll_back(
             connection.cursor() as cursor,
             pytest.raises(KeyboardInterrupt),
             cursor.copy(Wire(TABLE).out(body())) as stream,
-            Inlet(other, Wire(TABLE), target, at_once=100, rest=interrupted) as inlet,
+            Inlet(other, Wire(TABLE), target, at_once=lambda: 100, rest=interrupted) as inlet,
         ):
             inlet.fill(Outlet(Wire(TABLE), stream).rows)
         assert not other.lock.locked()
@@ -189,7 +238,7 @@ def test_whoever_is_told_to_end_where_a_copy_begins_or_ends_can_roll_back(
             return _Interrupted(context, where) if len(begun) == which else context
 
     with psycopg.connect(fresh_database) as other:
-        inlet = Inlet(other, Wire(TABLE), sql.Identifier("public", "copied"), at_once=100)
+        inlet = Inlet(other, Wire(TABLE), sql.Identifier("public", "copied"), at_once=lambda: 100)
         inlet._cursor = Cursor(inlet._cursor)  # type: ignore[assignment]
         with (
             connection.cursor() as cursor,
@@ -262,7 +311,7 @@ def test_a_copy_whose_last_piece_is_not_sent_is_closed(
 ) -> None:
     """Told to end just then, a task must be able to roll its session back."""
 
-    def interrupted(_tail: bytes = b"") -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with psycopg.connect(fresh_database) as other:

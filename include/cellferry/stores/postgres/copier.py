@@ -319,18 +319,17 @@ class _TableCopier:
         """Send up to one batch of the rows of `outlet` and commit it with its checkpoint."""
         self._teller.check()
         self._check_room()
-        max_rows, max_bytes = self._bounds()
         inlet = Inlet(
             self._destination,
             wire,
             pace=self._throttle.pace,
-            at_once=self._throttle.piece(PIECE_ROWS, LEAST_PIECE_ROWS),
+            at_once=lambda: self._throttle.piece(PIECE_ROWS, LEAST_PIECE_ROWS),
             rest=self._rest,
         )
         try:
             with write(self._destination, self._move):
                 with inlet:
-                    done = not inlet.fill(outlet.rows, max_rows, max_bytes)
+                    done = not inlet.fill(outlet.rows, self._bounds)
                 new = Checkpoint(
                     relation=mark.relation,
                     last_key=mark.last_key
@@ -381,7 +380,6 @@ class _TableCopier:
         Returns:
             The last key, rows, bytes, and whether the table ended.
         """
-        max_rows, max_bytes = self._bounds()
         with (
             suppress(_GivenUp),
             self._source.cursor() as cursor,
@@ -390,7 +388,7 @@ class _TableCopier:
             outlet = Outlet(wire, stream)
             with Inlet(self._destination, wire, WAITING_ROOM) as inlet:
                 more = (
-                    inlet.fill(outlet.rows, max_rows, max_bytes)
+                    inlet.fill(outlet.rows, self._bounds)
                     if end is None
                     else inlet.fill(outlet.rows)
                 )

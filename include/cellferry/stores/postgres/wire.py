@@ -206,6 +206,14 @@ def _go_on(_rows: int) -> None:
     """Rest not at all."""
 
 
+def _all_at_once() -> int:
+    return sys.maxsize
+
+
+def _unbounded() -> tuple[int, int]:
+    return sys.maxsize, sys.maxsize
+
+
 class Inlet:
     """The receiving end: collects rows into pieces and counts them.
 
@@ -218,7 +226,7 @@ class Inlet:
 
     Args:
         pace: rests after each piece of a COPY.
-        at_once: rows of one COPY, at most.
+        at_once: returns the rows of one COPY, at most; asked again while it is under way.
         rest: called between two COPYs with the number of rows since it was called last.
 
     Attributes:
@@ -234,18 +242,16 @@ class Inlet:
         target: sql.Composable | None = None,
         *,
         pace: Pace = FULL_SPEED,
-        at_once: int = sys.maxsize,
+        at_once: Callable[[], int] = _all_at_once,
         rest: Callable[[int], None] = _go_on,
     ) -> None:
         self._pace = pace
-        self._piece_bytes = pace.size(PIECE_BYTES, SHORT_PIECE_BYTES)
         self._at_once = at_once
         self._rest = rest
         self._cursor = connection.cursor()
         self._statement = wire.into(target)
         self._wire = wire
         self._rows: list[Buffer] = []
-        self._size = 0
         self.rows = 0
         self.bytes = 0
         self.last: Buffer | None = None
@@ -261,36 +267,46 @@ class Inlet:
         return self
 
     def fill(
-        self, rows: Iterator[Buffer], max_rows: int = sys.maxsize, max_bytes: int = sys.maxsize
+        self, rows: Iterator[Buffer], bounds: Callable[[], tuple[int, int]] = _unbounded
     ) -> bool:
-        """Send of `rows` until so many are sent; return False when they came to their end."""
-        while True:
-            more = self._fill(rows, min(max_rows, self.told + self._at_once), max_bytes)
-            if not more or self.rows >= max_rows or self.bytes >= max_bytes:
-                return more
+        """Send of `rows` until so many are sent; return False when they came to their end.
+
+        Args:
+            bounds: rows and bytes of all that is sent, at most; asked again after each piece, so
+                that a batch that was begun at full speed ends soon when the pace falls.
+        """
+        while self._fill(rows, bounds):
+            max_rows, max_bytes = bounds()
+            if self.rows >= max_rows or self.bytes >= max_bytes:
+                return True
             self._end()
             since, self.told = self.told, self.rows
             self._rest(self.rows - since)
             self._context = self._cursor.copy(self._statement)
             self._begin()
+        return False
 
-    def _fill(self, rows: Iterator[Buffer], max_rows: int, max_bytes: int) -> bool:
-        left = max_rows - self.rows
-        size, limit = 0, min(self._piece_bytes, max_bytes - self.bytes)
+    def _fill(self, rows: Iterator[Buffer], bounds: Callable[[], tuple[int, int]]) -> bool:
+        """Send what one COPY may bring; return False when the rows came to their end."""
         keep = self._rows.append
-        for row in islice(rows, left):
-            keep(row)
-            size += len(row)
-            if size >= limit:
-                self._size = size
-                self._flush()
-                self._pace.breathe()
-                size, limit = 0, min(self._piece_bytes, max_bytes - self.bytes)
-                if limit <= 0:
-                    return True
-        self._size = size
-        self._flush()
-        return self.rows >= max_rows
+        while True:
+            max_rows, max_bytes = bounds()
+            left = min(max_rows, self.told + self._at_once()) - self.rows
+            limit = min(self._pace.size(PIECE_BYTES, SHORT_PIECE_BYTES), max_bytes - self.bytes)
+            if left <= 0 or limit <= 0:
+                return True
+            size = 0
+            for row in islice(rows, left):
+                keep(row)
+                size += len(row)
+                if size >= limit:
+                    break
+            else:
+                ended = len(self._rows) < left
+                self._flush(size)
+                return not ended
+            self._flush(size)
+            self._pace.breathe()
 
     def _begin(self) -> None:
         # The context is known before it is entered: a COPY that stays open keeps its session for
@@ -299,17 +315,17 @@ class Inlet:
         self._head = BINARY_HEADER if self._wire.binary else b""
 
     def _end(self) -> None:
-        self._flush(BINARY_TRAILER if self._wire.binary else b"")
+        self._flush(0, tail=BINARY_TRAILER if self._wire.binary else b"")
         self._context.__exit__(None, None, None)
 
-    def _flush(self, tail: bytes = b"") -> None:
+    def _flush(self, size: int, *, tail: bytes = b"") -> None:
         if self._rows:
             self.last = self._rows[-1]
         self._copy.write(b"".join((self._head, *self._rows, tail)))
         self.rows += len(self._rows)
-        self.bytes += self._size
+        self.bytes += size
         self._rows.clear()
-        self._head, self._size = b"", 0
+        self._head = b""
 
     def __exit__(
         self,
