@@ -74,10 +74,12 @@ in turn: without a throttle, with {FIXED_ROWS_PER_S:,} rows/s, and with the late
 controller: once with the target that it finds by itself (half as much again as an idle cell's p95,
 and at least 2 ms more), once with a close one, {CLOSE_TO_IDLE:g} times the idle p95. *Plain COPY*
 is the limit: a script that reads with one COPY and writes with others, in binary, at the same fixed
-rate, {PIECE_ROWS} rows at once and a commit each second, and does nothing else. In production the
-mover runs on another machine; here it shares two cores with both servers and with the neighbours'
-clients, and runs at nice {NICE}, while the servers' own processes that work for it run as all
-others do.
+rate, {PIECE_ROWS} rows at once and a commit each second, and does nothing else. *Cutover* is that
+of another copy, made at full speed, until a second after it; *after* is the {IDLE_S / 2:.0f} s
+behind that. What this machine has still to write of such a copy is written first: otherwise
+neighbours wait for it now and then, as they do without a throttle. In production the mover runs on
+another machine; here it shares two cores with both servers and with the neighbours' clients, and
+runs at nice {NICE}, while the servers' own processes that work for it run as all others do.
 """
 
 
@@ -442,6 +444,7 @@ def _cutting_over(bench: Bench, cells: BenchCells, found: Found, idle_s: float) 
     migration = cells.plan()
     for step in ("copy", "sync", "verify"):
         cells.run(step, migration)
+    os.sync()  # what the copy at full speed left to be written is no cost of the cutover
     with neighbours(cells) as working:
         time.sleep(WARM_UP_S)
         with moving(cells, "cutover", migration) as (process, pipe):
