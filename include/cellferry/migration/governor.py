@@ -73,7 +73,7 @@ class Aim:
 
     #: An automatic target is this many times the idle p95, and at least so much more (seconds).
     FACTOR = 1.5
-    LEAST_ROOM_S = 0.002
+    LEAST_ROOM_S = 0.00025
 
     @classmethod
     def over(cls, idle_s: float) -> Aim:
