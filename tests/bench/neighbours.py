@@ -72,7 +72,7 @@ transactions a second at each cell, open loop: two reads by index, a one-row UPD
 through the gates, a durable commit; what one took counts from when it was due. They work alone,
 then beside the copy of the large organization, for {COPY_S:.0f} s or until it ends, several times
 in turn: without a throttle, with {FIXED_ROWS_PER_S:,} rows/s, and with the latency-driven
-controller: once with the target that it finds by itself (half as much again as an idle cell's p95,
+controller: once with the target that it finds by itself (a quarter more than an idle cell's p95,
 and at least {Aim.LEAST_ROOM_S * 1000:g} ms more), once with a wide one, {WIDE_MS:g} ms more than
 idle, for an operator in a hurry. *Plain COPY* is the limit: a script that reads with one COPY and
 writes with others, in binary, at the same fixed rate, {PIECE_ROWS} rows at once and a commit each

@@ -72,8 +72,8 @@ class Aim:
     idle_s: float | None = None
 
     #: An automatic target is this many times the idle p95, and at least so much more (seconds).
-    FACTOR = 1.5
-    LEAST_ROOM_S = 0.00025
+    FACTOR = 1.25
+    LEAST_ROOM_S = 0.0001
 
     @classmethod
     def over(cls, idle_s: float) -> Aim:

@@ -116,7 +116,7 @@ def migrate_organizations_params() -> dict[str, Param]:
             maximum=60_000,
             title="Latency target (ms)",
             description="Moving slows down while the p95 of small writes and reads at one of the "
-            "two cells is over it. Empty: never. 0: over 1.5 times what they take while nothing "
+            "two cells is over it. Empty: never. 0: over 1.25 times what they take while nothing "
             "moves there.",
             section=SPEED,
         ),
