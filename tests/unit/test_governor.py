@@ -232,7 +232,7 @@ def test_movers_at_one_slow_cell_come_to_equal_shares() -> None:
 
 
 def test_an_aim_leaves_room_over_a_fast_cell() -> None:
-    assert Aim.over(0.0005).target_s == pytest.approx(0.0005 + Aim.LEAST_ROOM_S)
+    assert Aim.over(0.0002).target_s == pytest.approx(0.0002 + Aim.LEAST_ROOM_S)
     assert Aim.over(0.020).target_s == pytest.approx(0.020 * Aim.FACTOR)
 
 
